@@ -1,0 +1,146 @@
+"""From calibrated ranges to a plan: the scale and zero point of every weight and value a target quantizes.
+
+Both sides call this: they trace and calibrate, then apply the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from whet.errors import DataError, ModelError
+from whet.graph.nodes import Graph
+from whet.graph.placement import Placement, Plan, place, unmatched
+from whet.graph.views import WeightView
+from whet.numerics.affine import QParams, dequantize, fit_scale_to_bias, qparams, quantize
+from whet.numerics.namespace import numpy_namespace as xp
+from whet.numerics.observers import Range, channel_range
+from whet.numerics.statistics import sqnr_db
+from whet.specs.quantization import Float, Int, PerChannel, Quantize
+from whet.specs.target import Target
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A traced model and the range of every value in it, over all calibration batches.
+
+    The graph is that of the folded model: batch norms in `folds` (batch-norm layer -> convolution layer) are gone.
+    """
+
+    graph: Graph
+    ranges: Mapping[str, Range]
+    folds: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """A plan, and the rows of its report: see `Step` for the meaning of changed, skipped and unmatched."""
+
+    plan: Plan
+    placement: Placement
+    changed: tuple[dict[str, Any], ...]
+    skipped: tuple[dict[str, str], ...]
+    unmatched: tuple[str, ...]
+
+
+def solve(
+    calibration: Calibration,
+    weights: Mapping[str, WeightView],
+    biases: Mapping[str, npt.NDArray[np.float32]],
+    spec: Quantize,
+    target: Target,
+) -> Solved:
+    """Solve `spec` for `target`.
+
+    weights: every weight named in the graph, as NumPy arrays after batch-norm folding. biases: likewise.
+
+    Raises:
+        ModelError: nothing would be quantized.
+        DataError: a value that needs a range was never seen, or had NaN or Inf in it.
+    """
+    placement = place(calibration.graph, target, spec)
+    if not placement.weights:
+        reasons = "; ".join(f"{name}: {why}" for name, why in placement.skipped) or "it has no convolution or linear layer"
+        raise ModelError(f"Quantize would change nothing in this model ({reasons}). Loosen keep= or include=.")
+    values = _solve_values(calibration, placement, spec)
+    solved: dict[str, QParams] = {}
+    changed: list[dict[str, Any]] = []
+    paired: dict[str, tuple[str, str]] = {}
+    for name, node in placement.weights.items():
+        view = weights[name]
+        if isinstance(spec.weights, Float):
+            changed.append({"name": name, "scheme": spec.weights.dtype, "bits": 16})
+            continue
+        params = solve_weight(view, spec.overrides.get(node.layer, spec.weights))
+        bias = biases.get(node.bias) if node.bias is not None else None
+        source = values.get(node.inputs[0]) if node.inputs else None
+        if bias is not None and source is not None and node.bias is not None and node.inputs[0] in placement.values:
+            wider = fit_scale_to_bias(np.broadcast_to(params.scale, bias.shape), float(source.scale), bias)
+            scale = wider if params.axis is not None else np.float32(wider.max())
+            params = QParams(np.asarray(scale, np.float32), params.zero_point, params.spec, params.axis)
+            paired[node.bias] = (node.inputs[0], name)
+        solved[name] = params
+        changed.append(
+            {"name": name, "scheme": _scheme(params), "bits": params.spec.bits, "error_db": weight_error(view, params)}
+        )
+    layers = sorted({node.layer for node in calibration.graph.nodes})
+    patterns = (*spec.keep, *(spec.include or ()), *spec.overrides)
+    plan = Plan(spec, target.name, solved, values, paired, calibration.folds)
+    skipped = tuple({"name": layer, "reason": reason} for layer, reason in placement.skipped)
+    return Solved(plan, placement, tuple(changed), skipped, tuple(unmatched(layers, patterns)))
+
+
+def solve_weight(view: WeightView, spec: Int) -> QParams:
+    """Min-max scales of one weight."""
+    axis = view.out_axis if isinstance(spec.granularity, PerChannel) else None
+    low, high = channel_range(np.asarray(view.array, np.float32), axis, xp=xp)
+    scale, zero_point = qparams(np.asarray(low, np.float32), np.asarray(high, np.float32), spec, xp=xp)
+    return QParams(np.asarray(scale, np.float32), np.asarray(zero_point, np.int32), spec, axis)
+
+
+def weight_codes(array: npt.NDArray[np.float32], params: QParams) -> npt.NDArray[np.int32]:
+    """The integer codes of a weight."""
+    scale, zero_point = params.broadcast(array.ndim)
+    codes: npt.NDArray[np.int32] = quantize(array, scale, zero_point, params.spec, xp=xp).astype(np.int32)
+    return codes
+
+
+def weight_error(view: WeightView, params: QParams) -> float | None:
+    """Signal-to-quantization-noise of the stored weight in dB; None when it is exact."""
+    array = np.asarray(view.array, np.float32)
+    scale, zero_point = params.broadcast(array.ndim)
+    return sqnr_db(array, dequantize(weight_codes(array, params), scale, zero_point))
+
+
+def _solve_values(calibration: Calibration, placement: Placement, spec: Quantize) -> dict[str, QParams]:
+    """One quantizer per group, over the union of its values' ranges."""
+    if spec.activations is None:
+        return {}
+    groups: dict[str, QParams] = {}
+    for group in sorted(set(placement.values.values())):
+        members = [value for value, owner in placement.values.items() if owner == group]
+        if group in placement.fixed:
+            scale, zero_point = placement.fixed[group]
+            groups[group] = QParams(np.asarray(scale, np.float32), np.asarray(zero_point, np.int32), spec.activations)
+            continue
+        seen = [calibration.ranges[value] for value in members if value in calibration.ranges]
+        if not seen or all(item.count == 0 for item in seen):
+            raise DataError(f"No calibration data reached {members[0]!r}: its range is unknown. Calibrate with data that does.")
+        for value, item in zip(members, seen, strict=False):
+            if not item.is_finite:
+                raise DataError(
+                    f"Calibration saw {item.low} to {item.high} at {value!r}: the model's own activations are not finite."
+                )
+        low = np.float32(min(item.low for item in seen if item.count))
+        high = np.float32(max(item.high for item in seen if item.count))
+        scale, zero = qparams(np.asarray(low), np.asarray(high), spec.activations, xp=xp)
+        groups[group] = QParams(np.asarray(scale, np.float32), np.asarray(zero, np.int32), spec.activations)
+    return {value: groups[group] for value, group in placement.values.items()}
+
+
+def _scheme(params: QParams) -> str:
+    return f"int{params.spec.bits} {'per tensor' if params.axis is None else 'per channel'}"

@@ -1,0 +1,95 @@
+"""Uniform affine quantization: `x ≈ scale * (q - zero_point)` (Jacob et al. 2018, arXiv:1712.05877, eq. 1).
+
+Rules: codes round half to even; zero is always represented exactly; a scale is never below `SCALE_FLOOR`, so that an
+all-zero range gives exact zeros and the product of two scales is still a normal float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from whet.numerics.namespace import Array, Namespace
+from whet.specs.quantization import Int
+
+SCALE_FLOOR = 2.0**-60
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QParams:
+    """A solved quantizer, as plain arrays.
+
+    scale: float32, of shape () per tensor or (channels,) per channel. zero_point: int32, the same shape, in the code
+    range of `spec` (0 when symmetric). axis: the channel axis in the framework's own layout, None per tensor.
+    """
+
+    scale: npt.NDArray[np.float32]
+    zero_point: npt.NDArray[np.int32]
+    spec: Int
+    axis: int | None = None
+
+    def broadcast(self, ndim: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
+        """Scale and zero point in a shape that broadcasts against a tensor of `ndim` dimensions."""
+        if self.axis is None:
+            return self.scale, self.zero_point
+        shape = [1] * ndim
+        shape[self.axis] = -1
+        return self.scale.reshape(shape), self.zero_point.reshape(shape)
+
+
+def qparams(low: Array, high: Array, spec: Int, *, xp: Namespace) -> tuple[Array, Array]:
+    """Scale and zero point (both float, elementwise over `low` and `high`) that cover `[low, high]` and zero.
+
+    Symmetric: `scale = max(|low|, |high|) / qmax`, zero point 0. Asymmetric: `scale = (high - low) / (qmax - qmin)` after
+    the range is widened to hold zero, and `zero_point = round(qmin - low / scale)`.
+    """
+    zero = low * 0
+    low, high = xp.minimum(low, zero), xp.maximum(high, zero)
+    if spec.symmetric:
+        scale = xp.maximum(xp.maximum(-low, high) / float(spec.qmax), zero + SCALE_FLOOR)
+        return scale, zero
+    scale = xp.maximum((high - low) / float(spec.qmax - spec.qmin), zero + SCALE_FLOOR)
+    return scale, xp.clip(xp.round(spec.qmin - low / scale), float(spec.qmin), float(spec.qmax))
+
+
+def quantize(x: Array, scale: Array, zero_point: Array, spec: Int, *, xp: Namespace) -> Array:
+    """The codes of `x`, in its own floating dtype: `clip(round(x / scale) + zero_point, qmin, qmax)`."""
+    return xp.clip(xp.round(x / scale) + zero_point, float(spec.qmin), float(spec.qmax))
+
+
+def dequantize(codes: Array, scale: Array, zero_point: Array) -> Array:
+    """`scale * (codes - zero_point)`."""
+    return (codes - zero_point) * scale
+
+
+def fake_quantize(x: Array, scale: Array, zero_point: Array, spec: Int, *, xp: Namespace) -> Array:
+    """`dequantize(quantize(x))`, with the straight-through gradient: 1 inside the range, 0 where it was clipped.
+
+    (Bengio et al. 2013, arXiv:1308.3432; clipping as in Jacob et al. 2018.)
+    """
+    low, high = (spec.qmin - zero_point) * scale, (spec.qmax - zero_point) * scale
+    inside = xp.clip(x, low, high)
+    return inside + xp.stop_gradient(dequantize(quantize(x, scale, zero_point, spec, xp=xp), scale, zero_point) - inside)
+
+
+def fit_scale_to_bias(
+    weight_scale: npt.NDArray[np.float32], input_scale: float, bias: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """`weight_scale`, raised where `bias / (input_scale * weight_scale)` would not fit into int32.
+
+    Happens in channels whose weights are (nearly) zero; their codes lose nothing that was there.
+    """
+    least = np.abs(bias.astype(np.float64)) / (float(input_scale) * (INT32_MAX // 2))
+    return np.maximum(weight_scale, least.astype(np.float32)).astype(np.float32)
+
+
+def quantize_bias(
+    bias: npt.NDArray[np.float32], input_scale: npt.NDArray[np.float32], weight_scale: npt.NDArray[np.float32]
+) -> npt.NDArray[np.int32]:
+    """int32 codes of `bias` at `input_scale * weight_scale`, as the integer kernels add it."""
+    scale = np.asarray(input_scale, np.float32) * np.asarray(weight_scale, np.float32)
+    codes = np.round(bias.astype(np.float64) / scale.astype(np.float64))
+    return np.clip(codes, -INT32_MAX, INT32_MAX).astype(np.int32)

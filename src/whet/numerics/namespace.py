@@ -1,0 +1,79 @@
+"""The array namespace `xp`: the few names that every technique is written with.
+
+NumPy's is here; `whet.torch.namespace` and `whet.keras.namespace` offer the same names. Semantics are NumPy's, with two
+rules that the libraries do not share by default: `round` rounds half to even, `argsort` is stable.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+Array = Any
+
+
+class Namespace(Protocol):
+    """What numerics may call. `axis=None` reduces over everything; reductions take `keepdims`."""
+
+    def abs(self, x: Array) -> Array: ...
+    def round(self, x: Array) -> Array: ...
+    def clip(self, x: Array, low: Array, high: Array) -> Array: ...
+    def minimum(self, x: Array, y: Array) -> Array: ...
+    def maximum(self, x: Array, y: Array) -> Array: ...
+    def where(self, condition: Array, x: Array, y: Array) -> Array: ...
+    def exp(self, x: Array) -> Array: ...
+    def sum(self, x: Array, axis: Any = None, keepdims: bool = False) -> Array: ...
+    def mean(self, x: Array, axis: Any = None, keepdims: bool = False) -> Array: ...
+    def min(self, x: Array, axis: Any = None, keepdims: bool = False) -> Array: ...
+    def max(self, x: Array, axis: Any = None, keepdims: bool = False) -> Array: ...
+    def reshape(self, x: Array, shape: tuple[int, ...]) -> Array: ...
+    def concatenate(self, xs: list[Array], axis: int = 0) -> Array: ...
+    def argsort(self, x: Array) -> Array: ...
+    def full_like(self, x: Array, value: float) -> Array: ...
+    def cast(self, x: Array, dtype: str) -> Array: ...
+    def log_softmax(self, x: Array, axis: int = -1) -> Array: ...
+    def stop_gradient(self, x: Array) -> Array: ...
+
+
+class NumpyNamespace:
+    """`Namespace` on NumPy arrays."""
+
+    abs = staticmethod(np.abs)
+    round = staticmethod(np.round)
+    clip = staticmethod(np.clip)
+    minimum = staticmethod(np.minimum)
+    maximum = staticmethod(np.maximum)
+    where = staticmethod(np.where)
+    exp = staticmethod(np.exp)
+    sum = staticmethod(np.sum)
+    mean = staticmethod(np.mean)
+    min = staticmethod(np.min)
+    max = staticmethod(np.max)
+    reshape = staticmethod(np.reshape)
+    concatenate = staticmethod(np.concatenate)
+    full_like = staticmethod(np.full_like)
+
+    @staticmethod
+    def argsort(x: Array) -> Array:
+        """Indices that sort the flat array `x` in ascending order; ties keep their order."""
+        return np.argsort(x, kind="stable")
+
+    @staticmethod
+    def cast(x: Array, dtype: str) -> Array:
+        """`x` as `dtype`, a NumPy dtype name."""
+        return np.asarray(x).astype(dtype)
+
+    @staticmethod
+    def log_softmax(x: Array, axis: int = -1) -> Array:
+        """`x - log(sum(exp(x)))`, without overflow."""
+        shifted = x - np.max(x, axis=axis, keepdims=True)
+        return shifted - np.log(np.sum(np.exp(shifted), axis=axis, keepdims=True))
+
+    @staticmethod
+    def stop_gradient(x: Array) -> Array:
+        """`x`: NumPy has no gradients."""
+        return x
+
+
+numpy_namespace: Namespace = cast(Any, NumpyNamespace())

@@ -1,0 +1,111 @@
+"""What the pipeline asks of a framework side: `whet.torch` and `whet.keras` are two modules with these functions.
+
+Both are plain modules; this protocol is how the type checker holds them to the same verbs. Models are the user's own
+objects. Functions marked *in place* are only ever given Whet's own copy.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+from whet.data import Batches
+from whet.errors import ModelError, require
+from whet.graph.placement import Plan
+from whet.graph.summary import Summary
+from whet.graph.views import Masks
+from whet.records import Step
+from whet.specs import Metric, Prune, Quantize, Target, Train
+
+Model = Any
+
+
+class Side(Protocol):
+    """The functions of `whet.torch` and `whet.keras` that the verbs are made of."""
+
+    FRAMEWORK: str
+
+    def validate(self, model: Model) -> None:
+        """Raise `ModelError` for NaN or Inf weights (naming tensor and index), no weights, or an already quantized model."""
+
+    def copy(self, model: Model) -> Model:
+        """An independent copy: training it never changes the original."""
+
+    def predict(self, model: Model, inputs: Any) -> Any:
+        """Outputs in inference mode as NumPy arrays in the model's own structure; `inputs` as `Batches` yields them."""
+
+    def prune(self, model: Model, spec: Prune, *, masks: Masks) -> tuple[Masks, Step]:
+        """*In place*: zero the least important weights. Weights masked before stay masked and count as removed."""
+
+    def train(
+        self,
+        model: Model,
+        spec: Train,
+        *,
+        train: Batches,
+        val: Batches | None,
+        metric: Metric | None,
+        teacher: Model | None,
+        masks: Masks,
+        seed: int,
+        device: str | None,
+        progress: bool,
+    ) -> tuple[Masks, Step]:
+        """*In place*: train with the techniques in `spec.apply`, masks held after every step, best weights restored."""
+
+    def quantize(
+        self, model: Model, spec: Quantize, target: Target, *, calibration: Batches | None, example: Any, progress: bool
+    ) -> tuple[Plan, Step]:
+        """Trace, calibrate, place and solve. `model` is untouched; `example` is a batch's inputs to trace with."""
+
+    def simulate(self, model: Model, plan: Plan) -> Model:
+        """A copy of `model` that computes, in float, what the target's integers will: batch norm folded as planned."""
+
+    def convert(self, model: Model, plan: Plan) -> Model:
+        """A copy of the float `model` that stores integer weights and int32 biases, with no weight quantization left."""
+
+    def export(self, model: Model, plan: Plan | None, target: Target, path: Path, *, example: Any, dynamic: Any = None) -> None:
+        """Write the file of `target` at `path` (which does not exist): float without a plan, else through `convert`."""
+
+    def save_model(self, model: Model, folder: Path) -> dict[str, Any]:
+        """Write the float model's weights into `folder`, without pickle. The result is kept in whet.json for `load_model`."""
+
+    def load_model(self, folder: Path, kept: dict[str, Any], model: Any) -> Model:
+        """The float model that `save_model` wrote; `model` is an instance or a callable that builds the original."""
+
+    def inspect(self, model: Model, example: Any) -> Summary:
+        """Layers, shapes, parameters, MACs and bytes."""
+
+
+def side_of(model: Model) -> Side:
+    """The side that `model` belongs to, found without importing a framework that is not in use.
+
+    Raises:
+        ModelError: neither a torch.nn.Module nor a keras.Model (tf_keras models are named as such).
+        MissingExtraError: the framework's extra is not installed.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(model, torch.nn.Module) and not _is_keras(model):
+        return side_named("torch")
+    if _is_keras(model):
+        return side_named("keras")
+    module = type(model).__module__
+    if module.split(".")[0] == "tf_keras" or module.startswith("tensorflow.python.keras"):
+        raise ModelError(
+            f"This is a Keras 2 model of the package tf_keras ({module}.{type(model).__name__}); Whet takes models of the "
+            "package keras, version 3. Save it with model.save('model.keras') and load it with keras.models.load_model, "
+            "or rebuild it with `import keras`."
+        )
+    raise ModelError(f"model must be a torch.nn.Module or a keras.Model, got a {module}.{type(model).__name__}.")
+
+
+def side_named(framework: str) -> Side:
+    """`whet.torch` or `whet.keras`."""
+    side: Any = require(f"whet.{framework}", framework, f"Working with {framework} models")
+    return side  # type: ignore[no-any-return]
+
+
+def _is_keras(model: Model) -> bool:
+    keras = sys.modules.get("keras")
+    return keras is not None and isinstance(model, keras.Model)

@@ -1,0 +1,160 @@
+"""What was done and what was measured: plain data that becomes `report.json` (format 1) unchanged.
+
+Everything a step or a measurement says is in these records; `whet.report` only draws them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from whet.errors import RuntimeFileError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number and its 95 % interval; `ci95` is None with a `reason` when none can be had."""
+
+    value: float
+    ci95: tuple[float, float] | None = None
+    reason: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"value", "ci95"}`, with `"reason"` where there is no interval."""
+        plain: dict[str, Any] = {"value": self.value, "ci95": None if self.ci95 is None else list(self.ci95)}
+        if self.reason is not None:
+            plain["reason"] = self.reason
+        return plain
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Milliseconds for one batch, timed in alternation with the original where there is one.
+
+    cpu_per_wall: CPU time of the process over wall time while timing; about `threads` on a quiet machine.
+    """
+
+    p50: float
+    p90: float
+    batch: int
+    threads: int
+    runs: int
+    cpu_per_wall: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a mapping."""
+        return {name: getattr(self, name) for name in ("p50", "p90", "batch", "threads", "runs", "cpu_per_wall")}
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """One file, run by its runtime.
+
+    metric: `{"name", "value", "ci95", "n", "higher_is_better"}`. dtypes: `{"stored": {dtype: bytes}, "computed": {operator:
+    {dtype: count}}}`. placement: `{"target", "quantized_values", …}` or None for a float file. parity: against the
+    original file, `{"agreement", "max_error", "mean_error", "sqnr_db"}`, None for the original. warnings: plain words.
+    """
+
+    file: str
+    bytes: int
+    gzip_bytes: int
+    metric: dict[str, Any]
+    latency_ms: Latency | None
+    runtime: dict[str, str]
+    placement: dict[str, Any] | None
+    dtypes: dict[str, Any]
+    parity: dict[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form of `E` in report.json."""
+        plain: dict[str, Any] = {
+            "file": self.file,
+            "bytes": self.bytes,
+            "gzip_bytes": self.gzip_bytes,
+            "metric": self.metric,
+            "latency_ms": None if self.latency_ms is None else self.latency_ms.to_dict(),
+            "runtime": self.runtime,
+            "placement": self.placement,
+            "dtypes": self.dtypes,
+            "warnings": list(self.warnings),
+        }
+        if self.parity is not None:
+            plain["parity"] = self.parity
+        return plain
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of a recipe, as it was done.
+
+    spec: the spec's plain form. changed: one mapping per changed weight, `{"name", …}` with any of "sparsity", "bits",
+    "scheme", "error_db" (SQNR of the stored weight), "parameters". skipped: what stayed as it was, and why. unmatched:
+    patterns of the spec that named nothing. train: None, or `{"history": [{"epoch", "loss", "metric", "sparsity",
+    "learning_rate"}], "stop": {"reason", "best_epoch", "epochs"}, "metric": name}`.
+    """
+
+    spec: dict[str, Any]
+    changed: tuple[dict[str, Any], ...]
+    skipped: tuple[dict[str, str], ...]
+    seconds: float
+    train: dict[str, Any] | None = None
+    unmatched: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form of a step in report.json."""
+        return {
+            "spec": self.spec,
+            "changed": list(self.changed),
+            "skipped": list(self.skipped),
+            "seconds": self.seconds,
+            "train": self.train,
+            "unmatched": list(self.unmatched),
+        }
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Step:
+        """The step that `to_dict` wrote."""
+        return cls(
+            plain["spec"],
+            tuple(plain["changed"]),
+            tuple(plain["skipped"]),
+            plain["seconds"],
+            plain["train"],
+            tuple(plain.get("unmatched", ())),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Before and after. `data` is the content of report.json: see docs/report.md for its fields."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The text of report.json."""
+        return json.dumps(self.data, indent=1, allow_nan=False)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Report:
+        """The report in a report.json file.
+
+        Raises:
+            RuntimeFileError: there is no such file, it is not a report, or of another format.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as cause:
+            raise RuntimeFileError(f"Cannot read the report {os.fspath(path)!r}: {cause.strerror}.") from cause
+        except ValueError as cause:
+            raise RuntimeFileError(f"{os.fspath(path)!r} is not a report.json: {cause}") from cause
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            got = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise RuntimeFileError(f"This Whet reads reports of format {FORMAT}; {os.fspath(path)!r} has format {got!r}.")
+        return cls(data)

@@ -1,0 +1,90 @@
+"""Targets: the rules of a runtime, as plain frozen data."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass, field
+
+from whet.errors import TargetError
+
+# Canonical operations, spoken by both framework readers (graph/nodes.py describes them).
+COMPUTE = frozenset({"conv", "conv_transpose", "linear"})
+ELEMENTWISE = frozenset({"relu", "relu6", "clamp"})
+SHARED = frozenset({"max_pool", "reshape", "flatten", "transpose", "identity"})
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where quantizers go for one runtime, and what form its files have.
+
+    compute: operations with weights that run in integers.
+    quantized: further operations whose inputs and outputs are quantized (add, concat, pooling with arithmetic).
+    fused: activations folded into the operation before them: the quantizer comes after.
+    shared: operations that only move values: the output has the input's scale and zero point.
+    joined: operations whose inputs and output all share one range (concat on LiteRT).
+    fixed: operations whose output has a given (scale, zero_point in the unsigned form).
+    """
+
+    name: str
+    _: KW_ONLY
+    framework: str  # "torch" or "keras": the side that writes its files
+    runtime: str
+    extra: str
+    suffix: str
+    signed_activations: bool
+    compute: frozenset[str] = COMPUTE
+    quantized: frozenset[str] = frozenset()
+    fused: frozenset[str] = ELEMENTWISE
+    shared: frozenset[str] = SHARED
+    joined: frozenset[str] = frozenset()
+    fixed: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target(
+            "onnxruntime",
+            framework="torch",
+            runtime="onnxruntime",
+            extra="onnx",
+            suffix=".onnx",
+            signed_activations=False,
+            quantized=frozenset({"add", "mul", "concat", "global_avg_pool", "avg_pool"}),
+        ),
+        Target(
+            "litert",
+            framework="keras",
+            runtime="litert",
+            extra="litert",
+            suffix=".tflite",
+            signed_activations=True,
+            quantized=frozenset({"add", "mul", "concat", "global_avg_pool", "avg_pool", "softmax", "sigmoid", "tanh"}),
+            joined=frozenset({"concat"}),
+            # int8 kernels demand these: https://ai.google.dev/edge/litert/conversion/tensorflow/quantization/quantization_spec
+            fixed={"softmax": (1 / 256, 0), "sigmoid": (1 / 256, 0), "tanh": (1 / 128, 128)},
+        ),
+    )
+}
+
+
+def find_target(name: str | Target | None, framework: str) -> Target:
+    """The target of that name, or the framework's own when None.
+
+    Raises:
+        TargetError: an unknown name, or a target that another framework writes.
+    """
+    if isinstance(name, Target):
+        found = name
+    elif name is None:
+        found = next(target for target in TARGETS.values() if target.framework == framework)
+    elif name in TARGETS:
+        found = TARGETS[name]
+    else:
+        raise TargetError(f"Unknown target {name!r}. Targets: {', '.join(sorted(TARGETS))}.")
+    if found.framework != framework:
+        allowed = ", ".join(sorted(t.name for t in TARGETS.values() if t.framework == framework))
+        raise TargetError(
+            f"Target {found.name!r} is written from a {found.framework} model, and this one is a {framework} model. "
+            f"Targets for {framework}: {allowed}."
+        )
+    return found

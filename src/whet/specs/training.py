@@ -1,0 +1,77 @@
+"""How long and how to train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+from whet.errors import SpecError
+from whet.specs.base import check_integer, check_number, check_type, spec
+from whet.specs.distillation import Distill
+from whet.specs.pruning import Prune
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class EarlyStopping:
+    """Stop after `patience` epochs without an improvement of more than `min_delta`; the best weights are restored.
+
+    With a pruning schedule, patience and best begin when the schedule is done: a best is never at a lower sparsity.
+    """
+
+    _: KW_ONLY
+    patience: int = 3
+    min_delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_integer("EarlyStopping.patience", self.patience, low=1)
+        check_number("EarlyStopping.min_delta", self.min_delta, low=0, high=1e12)
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class Train:
+    """Train with Adam (Kingma & Ba 2015), a cosine learning-rate decay unless `decay=None`, and the given techniques.
+
+    `loss(outputs, targets)` returns a scalar in the model's own framework; by default it is cross-entropy on logits for
+    integer targets and the mean squared error for floating-point targets.
+    """
+
+    _: KW_ONLY
+    epochs: int = 10
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    decay: str | None = "cosine"
+    loss: Callable[..., Any] | None = None
+    apply: tuple[Prune | Distill, ...] = ()
+    early_stopping: EarlyStopping | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("Train.epochs", self.epochs, low=1)
+        check_number("Train.learning_rate", self.learning_rate, low=0, high=1e3, open_low=True)
+        check_number("Train.weight_decay", self.weight_decay, low=0, high=1e3)
+        if self.decay not in ("cosine", None):
+            raise SpecError(f"Train.decay must be 'cosine' or None, got {self.decay!r}.")
+        if self.loss is not None and not callable(self.loss):
+            raise SpecError(f"Train.loss must be a function of (outputs, targets), got {self.loss!r}.")
+        check_type("Train.early_stopping", self.early_stopping, EarlyStopping, None)
+        applied = tuple(self.apply) if isinstance(self.apply, list | tuple) else (self.apply,)
+        for item in applied:
+            check_type("Train.apply", item, Prune, Distill)
+        for kind in (Prune, Distill):
+            if sum(isinstance(item, kind) for item in applied) > 1:
+                raise SpecError(
+                    f"Train.apply takes at most one {kind.__name__}, got {sum(isinstance(i, kind) for i in applied)}."
+                )
+        object.__setattr__(self, "apply", applied)
+
+    @property
+    def prune(self) -> Prune | None:
+        """The pruning applied while training, if any."""
+        return next((item for item in self.apply if isinstance(item, Prune)), None)
+
+    @property
+    def distill(self) -> Distill | None:
+        """The distillation applied while training, if any."""
+        return next((item for item in self.apply if isinstance(item, Distill)), None)

@@ -1,0 +1,95 @@
+"""The array namespace `xp` on torch tensors: NumPy's names and semantics for what numerics call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+Array = Any
+
+
+class TorchNamespace:
+    """`whet.numerics.namespace.Namespace` on `torch.Tensor`."""
+
+    abs = staticmethod(torch.abs)
+    round = staticmethod(torch.round)
+    exp = staticmethod(torch.exp)
+
+    @staticmethod
+    def clip(x: Array, low: Array, high: Array) -> Array:
+        """`min(max(x, low), high)`; bounds are numbers or tensors."""
+        return torch.clamp(x, low, high)
+
+    @staticmethod
+    def minimum(x: Array, y: Array) -> Array:
+        """Elementwise least."""
+        return torch.minimum(x, y)
+
+    @staticmethod
+    def maximum(x: Array, y: Array) -> Array:
+        """Elementwise greatest."""
+        return torch.maximum(x, y)
+
+    @staticmethod
+    def where(condition: Array, x: Array, y: Array) -> Array:
+        """`x` where `condition`, else `y`."""
+        return torch.where(condition, x, y)
+
+    @staticmethod
+    def sum(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+        """Sum over `axis`."""
+        return torch.sum(x) if axis is None else torch.sum(x, dim=axis, keepdim=keepdims)
+
+    @staticmethod
+    def mean(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+        """Mean over `axis`."""
+        return torch.mean(x) if axis is None else torch.mean(x, dim=axis, keepdim=keepdims)
+
+    @staticmethod
+    def min(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+        """Least over `axis`; over no axis when it is ()."""
+        return torch.amin(x) if axis is None else x if axis == () else torch.amin(x, dim=axis, keepdim=keepdims)
+
+    @staticmethod
+    def max(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+        """Greatest over `axis`; over no axis when it is ()."""
+        return torch.amax(x) if axis is None else x if axis == () else torch.amax(x, dim=axis, keepdim=keepdims)
+
+    @staticmethod
+    def reshape(x: Array, shape: tuple[int, ...]) -> Array:
+        """`x` in another shape."""
+        return torch.reshape(x, shape)
+
+    @staticmethod
+    def concatenate(xs: list[Array], axis: int = 0) -> Array:
+        """`xs` joined along `axis`."""
+        return torch.cat(xs, dim=axis)
+
+    @staticmethod
+    def argsort(x: Array) -> Array:
+        """Indices that sort the flat array `x` in ascending order; ties keep their order."""
+        return torch.argsort(x, stable=True)
+
+    @staticmethod
+    def full_like(x: Array, value: float) -> Array:
+        """An array like `x`, all `value`."""
+        return torch.full_like(x, value)
+
+    @staticmethod
+    def cast(x: Array, dtype: str) -> Array:
+        """`x` as `dtype`, a NumPy dtype name."""
+        return x.to(getattr(torch, dtype))
+
+    @staticmethod
+    def log_softmax(x: Array, axis: int = -1) -> Array:
+        """`x - log(sum(exp(x)))`, without overflow."""
+        return torch.log_softmax(x, dim=axis)
+
+    @staticmethod
+    def stop_gradient(x: Array) -> Array:
+        """`x` without its history."""
+        return x.detach()
+
+
+xp = TorchNamespace()
