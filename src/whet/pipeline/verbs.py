@@ -1,0 +1,216 @@
+"""The single verbs. Each takes a model or a `Compressed`, leaves it untouched and returns a new `Compressed`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from whet.data import Batches
+from whet.errors import DataError, SpecError
+from whet.graph.summary import Summary
+from whet.pipeline.compressed import Compressed, as_metric, outputs_of, plain_model, start
+from whet.pipeline.side import Model, side_of
+from whet.records import Evidence
+from whet.specs import Distill, Metric, Prune, Quantize, Recipe, Target, Train, find_target
+
+
+def fit(
+    model: Any,
+    spec: Train,
+    *,
+    train: Any,
+    val: Any = None,
+    metric: Any = None,
+    teacher: Any = None,
+    example: Any = None,
+    seed: int = 0,
+    device: str | None = None,
+    progress: bool = True,
+) -> Compressed:
+    """Train a copy of `model` as `spec` says, with the techniques in `spec.apply`; the best weights are restored.
+
+    `metric` is scored on `val` after every epoch; without `val` the training loss decides. `teacher` is needed when
+    `spec.apply` holds a `Distill`. Masks of an earlier pruning are kept.
+
+    Raises:
+        SpecError, DataError, ModelError, MetricError: what is wrong, where, and what is allowed.
+    """
+    expect("spec", spec, Train)
+    if spec.distill is not None and teacher is None:
+        raise SpecError("Train(apply=[Distill(…)]) needs a teacher: pass teacher= or use whet.distill or whet.compress.")
+    batches = Batches(train, "train")
+    validation = None if val is None else Batches(val, "val")
+    compressed = start(model, example=example, seed=seed)
+    _see(compressed, batches)
+    score = None if validation is None else as_metric(metric, validation)
+    taught = plain_model(teacher)
+    compressed.masks, step = compressed.side.train(
+        compressed.float_model,
+        spec,
+        train=batches,
+        val=validation,
+        metric=score,
+        teacher=taught,
+        masks=compressed.masks,
+        seed=seed,
+        device=device,
+        progress=progress,
+    )
+    compressed.steps += (step,)
+    return compressed
+
+
+def prune(
+    model: Any,
+    spec: Prune,
+    *,
+    fit: Train | None = None,
+    train: Any = None,
+    val: Any = None,
+    metric: Any = None,
+    example: Any = None,
+    seed: int = 0,
+    device: str | None = None,
+    progress: bool = True,
+) -> Compressed:
+    """Set the least important weights of a copy of `model` to zero: at once, or on a schedule while training with `fit`.
+
+    Raises:
+        SpecError: a schedule without training, or one that cannot reach its target in the given steps.
+        ModelError: nothing would change.
+    """
+    expect("spec", spec, Prune)
+    if fit is not None:
+        if train is None:
+            raise DataError("prune(fit=Train(…)) trains, and needs train= data.")
+        together = replace(fit, apply=(*fit.apply, spec))
+        options = {"example": example, "seed": seed, "device": device, "progress": progress}
+        return _fit(model, together, train=train, val=val, metric=metric, **options)
+    Recipe((spec,))  # refuses a schedule that needs training
+    compressed = start(model, example=example, seed=seed)
+    if train is not None:
+        _see(compressed, Batches(train, "train"))
+    compressed.masks, step = compressed.side.prune(compressed.float_model, spec, masks=compressed.masks)
+    compressed.steps += (step,)
+    return compressed
+
+
+_fit = fit
+
+
+def distill(
+    student: Any,
+    teacher: Any,
+    spec: Distill,
+    *,
+    fit: Train,
+    train: Any,
+    val: Any = None,
+    metric: Any = None,
+    example: Any = None,
+    seed: int = 0,
+    device: str | None = None,
+    progress: bool = True,
+) -> Compressed:
+    """Train a copy of `student` as `fit` says, with `teacher`'s outputs as further targets. The teacher is untouched.
+
+    Raises:
+        SpecError, DataError, ModelError: a softmaxed teacher, other classes than the student's, missing data.
+    """
+    expect("spec", spec, Distill)
+    expect("fit", fit, Train)
+    together = replace(fit, apply=(*fit.apply, spec))
+    options = {"example": example, "seed": seed, "device": device, "progress": progress}
+    return _fit(student, together, train=train, val=val, metric=metric, teacher=teacher, **options)
+
+
+def quantize(
+    model: Any,
+    spec: Quantize | None = None,
+    *,
+    calibration: Any = None,
+    target: str | Target | None = None,
+    example: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Compressed:
+    """Quantize a copy of `model` after training, as `target` places it. `calibration` is representative, unlabelled data.
+
+    The result's `model` simulates the integers in float; `export` writes them.
+
+    Raises:
+        DataError: calibration is missing, empty or not finite.
+        ModelError: nothing would be quantized.
+        TargetError: an unknown target.
+    """
+    spec = Quantize() if spec is None else spec
+    expect("spec", spec, Quantize)
+    compressed = start(model, example=example, seed=seed)
+    rules = find_target(target, compressed.side.FRAMEWORK)
+    batches = None if calibration is None else Batches(calibration, "calibration")
+    if batches is None and spec.activations is not None:
+        raise DataError(
+            "Quantize with activations needs calibration=: some hundred representative inputs, labels are not used. "
+            "Random data would give wrong ranges. For weights only write Quantize(Int(8), None)."
+        )
+    if batches is not None:
+        _see(compressed, batches)
+    if compressed.example is None:
+        raise DataError("quantize() traces the model and needs a batch: pass calibration= or example=.")
+    compressed.plan, step = compressed.side.quantize(
+        compressed.float_model, spec, rules, calibration=batches, example=compressed.example, progress=progress
+    )
+    compressed.steps += (step,)
+    return compressed
+
+
+def measure(
+    model: Any, data: Any, *, metric: Any = None, target: str | Target | None = None, progress: bool = True
+) -> Evidence:
+    """Measure a file, a `Compressed`, or a model on labelled `data`.
+
+    A path is run by its own runtime. A `Compressed`, or a model with `target`, is exported to a temporary file first.
+    A bare model is run in its framework: its record has no file.
+
+    Raises:
+        RuntimeFileError: the file cannot be run. MetricError, DataError: the metric or the data cannot be used.
+    """
+    from whet.runtimes.evidence import gather, score
+
+    if isinstance(model, str | os.PathLike):
+        batches = Batches(data, "data")
+        return gather({"model": Path(model)}, batches, as_metric(metric, batches), progress=progress)["model"].evidence
+    if isinstance(model, Compressed) or target is not None:
+        compressed = model if isinstance(model, Compressed) else start(model)
+        batches = Batches(data, "data")
+        _see(compressed, batches)
+        return compressed.measure(batches, metric, target, progress=progress)
+    side, batches = side_of(model), Batches(data, "data")
+    outcome = score(outputs_of(side, model, batches), batches, as_metric(metric, batches))
+    return Evidence("", 0, 0, outcome.record, None, {"name": side.FRAMEWORK, "version": ""}, None, {})
+
+
+def inspect(model: Any, example: Any) -> Summary:
+    """Layers, shapes, parameters, MACs and bytes of `model`, run once on `example`, a batch's inputs. Prints as a table."""
+    plain = plain_model(model)
+    inputs, _ = Batches([example], "example").first()
+    return side_of(plain).inspect(plain, inputs)
+
+
+def _see(compressed: Compressed, data: Batches) -> None:
+    """Keep the first batch's inputs as the example to trace with, unless there is one."""
+    if compressed.example is None:
+        compressed.example, _ = data.first()
+    else:
+        compressed.example, _ = Batches([compressed.example], "example").first()
+
+
+def expect(name: str, value: Any, kind: type) -> None:
+    """Raise `SpecError` unless `value` is a `kind`."""
+    if not isinstance(value, kind):
+        raise SpecError(f"{name} must be a whet.{kind.__name__}(…), got {value!r}.")
+
+
+__all__ = ["Metric", "Model", "distill", "fit", "inspect", "measure", "prune", "quantize"]
