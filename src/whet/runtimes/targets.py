@@ -1,0 +1,53 @@
+"""Which targets this machine can export to and run. Nothing is imported to find out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from whet.specs.target import TARGETS, Target
+
+# Modules that running a file of the runtime needs, and those that writing one needs besides.
+RUN = {"onnxruntime": ("onnx", "onnxruntime"), "litert": ("ai_edge_litert",)}
+WRITE = {"onnxruntime": ("onnxscript",), "litert": ("ai_edge_quantizer",)}
+FRAMEWORKS = {"torch": ("torch",), "keras": ("keras", "tensorflow")}
+
+
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """A target on this machine.
+
+    runs, exports: whether its files can be run, and written. missing: the modules that lack. install: the command that
+    brings them, None when nothing lacks.
+    """
+
+    name: str
+    framework: str
+    suffix: str
+    runs: bool
+    exports: bool
+    missing: tuple[str, ...]
+    install: str | None
+
+    def __str__(self) -> str:
+        if not self.missing:
+            return f"{self.name} ({self.suffix}, from {self.framework}): ready"
+        can = "runs files, cannot export" if self.runs else "not available"
+        return f"{self.name} ({self.suffix}, from {self.framework}): {can}; missing {', '.join(self.missing)}: {self.install}"
+
+
+def available() -> list[Availability]:
+    """Every target that Whet knows, and whether it can be used here."""
+    return [_look(target) for target in TARGETS.values()]
+
+
+def _look(target: Target) -> Availability:
+    def lacking(modules: tuple[str, ...]) -> list[str]:
+        return [module for module in modules if find_spec(module) is None]
+
+    run, write = lacking(RUN[target.runtime]), lacking(WRITE[target.runtime])
+    framework = lacking(FRAMEWORKS[target.framework])
+    missing = (*run, *write, *framework)
+    extras = ([target.framework] if framework else []) + ([target.extra] if run or write else [])
+    install = f"pip install 'whet[{','.join(extras)}]'" if extras else None
+    return Availability(target.name, target.framework, target.suffix, not run, not missing, missing, install)
