@@ -145,7 +145,8 @@ def _fit(array: Array, slot: Slot, file: str) -> Array:
         scale, zero_point = slot.quantization
         limits = np.iinfo(slot.dtype)
         codes = np.rint(np.asarray(array, np.float64) / scale) + zero_point
-        return np.clip(codes, limits.min, limits.max).astype(slot.dtype)
+        clipped: Array = np.clip(codes, limits.min, limits.max)
+        return clipped.astype(slot.dtype)
     cast = _cast(array, np.dtype(slot.dtype))
     if cast is None:
         raise RuntimeFileError(
