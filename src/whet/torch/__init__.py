@@ -1,1 +1,24 @@
-"""The PyTorch side."""
+"""The PyTorch side: the verbs of `whet.pipeline.side.Side`, and pieces for your own training loop."""
+
+from whet.torch.distill import soft_targets
+from whet.torch.inspect import inspect
+from whet.torch.model import copy, predict, validate
+from whet.torch.prune import Pruner, prune
+from whet.torch.store import load_model, save_model
+from whet.torch.training import train
+
+FRAMEWORK = "torch"
+
+__all__ = [
+    "FRAMEWORK",
+    "Pruner",
+    "copy",
+    "inspect",
+    "load_model",
+    "predict",
+    "prune",
+    "save_model",
+    "soft_targets",
+    "train",
+    "validate",
+]
