@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -11,25 +14,38 @@ from whet.specs.recipe import Metric
 Floats = npt.NDArray[np.floating]
 
 
-def accuracy(outputs: Floats, targets: npt.NDArray[np.integer]) -> Floats:
+def accuracy(outputs: Any, targets: Any) -> Floats:
     """1.0 where the highest of `outputs` (n, classes) is the class in `targets` (n,), else 0.0."""
-    targets = np.asarray(targets)
-    outputs = np.asarray(outputs)
-    if outputs.ndim < 2 or outputs.shape[:-1] != targets.reshape(targets.shape).shape[: outputs.ndim - 1]:
+    outputs, targets = _array("accuracy", outputs), _array("accuracy", targets)
+    if targets.ndim == outputs.ndim and targets.ndim > 1 and targets.shape[-1] == 1:
+        targets = targets[..., 0]
+    if outputs.ndim < 2 or outputs.shape[-1] < 2 or outputs.shape[:-1] != targets.shape:
         raise MetricError(
-            f"accuracy needs outputs of shape (n, classes) and integer targets (n,), got {outputs.shape} and {targets.shape}."
+            "accuracy needs outputs of shape (n, classes) with at least 2 classes and integer targets of shape (n,), "
+            f"got {outputs.shape} and {targets.shape}. Pass a metric of your own for other shapes."
         )
     hits: Floats = (np.argmax(outputs, axis=-1) == targets).astype(np.float64)
-    return hits.reshape(len(hits), -1).mean(axis=1)
+    means: Floats = hits.reshape(len(hits), -1).mean(axis=1)
+    return means
 
 
-def mean_squared_error(outputs: Floats, targets: Floats) -> Floats:
+def mean_squared_error(outputs: Any, targets: Any) -> Floats:
     """The squared error of every example, averaged over its other axes."""
-    outputs, targets = np.asarray(outputs, np.float64), np.asarray(targets, np.float64)
-    if outputs.size != targets.size:
+    outputs, targets = _array("mean_squared_error", outputs), _array("mean_squared_error", targets)
+    if outputs.size != targets.size or outputs.ndim == 0 or outputs.shape[:1] != targets.shape[:1]:
         raise MetricError(f"mean_squared_error needs outputs and targets of one size, got {outputs.shape} and {targets.shape}.")
-    error: Floats = (outputs.reshape(len(outputs), -1) - targets.reshape(len(targets), -1)) ** 2
-    return error.mean(axis=1)
+    n = len(outputs)
+    error: Floats = (outputs.reshape(n, -1).astype(np.float64) - targets.reshape(n, -1).astype(np.float64)) ** 2
+    means: Floats = error.mean(axis=1)
+    return means
+
+
+def _array(name: str, value: Any) -> npt.NDArray[Any]:
+    if isinstance(value, Mapping | tuple) or value is None:
+        raise MetricError(
+            f"{name} is for models with one output, got a {type(value).__name__}. Pass metric= a function that takes it."
+        )
+    return np.asarray(value)
 
 
 ACCURACY = Metric(accuracy, name="accuracy")

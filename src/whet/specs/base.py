@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from whet.errors import SpecError
 
 _SPECS: dict[str, type] = {}
+MAPPING = {"mapping": True}  # metadata of a field that maps a user's names to specs
 T = TypeVar("T")
 
 
@@ -41,8 +42,11 @@ def to_dict(value: Any) -> Any:
         return {str(key): to_dict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_dict(item) for item in value]
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool):
         return value
+    for kind in (int, float, str):  # NumPy's own floats and strings are subclasses, which YAML does not write
+        if isinstance(value, kind):
+            return kind(value)
     if callable(value):
         return {"function": function_name(value)}
     raise SpecError(f"A spec cannot hold a {type(value).__name__} and still be saved, got {value!r}.")
@@ -74,11 +78,24 @@ def _build(name: str, fields: Any) -> Any:
     fields = {} if fields is None else fields
     if not isinstance(fields, Mapping):
         raise SpecError(f"{name} must be followed by its fields as a mapping, got {fields!r}.")
-    known = [field.name for field in dataclasses.fields(cls)]
+    known = {field.name: field for field in dataclasses.fields(cls)}
     unknown = [key for key in fields if key not in known]
     if unknown:
         raise SpecError(f"{name} has no field {unknown[0]!r}. Its fields: {', '.join(known)}.")
-    return cls(**{key: from_dict(item) for key, item in fields.items()})
+    missing = [field.name for field in known.values() if field.name not in fields and _is_required(field)]
+    if missing:
+        raise SpecError(f"{name} needs a value for {missing[0]!r}.")
+    return cls(**{key: _value(known[key], item) for key, item in fields.items()})
+
+
+def _value(field: dataclasses.Field[Any], plain: Any) -> Any:
+    if field.metadata == MAPPING and isinstance(plain, Mapping):  # a layer may bear the name of a spec
+        return {key: from_dict(item) for key, item in plain.items()}
+    return from_dict(plain)
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def function_name(function: Callable[..., Any]) -> str:
@@ -127,10 +144,19 @@ def check_number(owner: str, value: Any, *, low: float, high: float, open_low: b
     """Raise `SpecError` unless `value` is a finite number between `low` and `high`."""
     bounds = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise SpecError(f"{owner} must be a number in {bounds}, got {value!r}.")
+        raise SpecError(f"{owner} must be a number in {bounds}, got {value!r}.{_text_hint(value)}")
     if value < low or value > high or (open_low and value == low) or (open_high and value == high):
         hint = f" Did you mean {value / 100:g}?" if high == 1 and 1 < value <= 100 else ""
         raise SpecError(f"{owner} must be in {bounds}, got {value!r}.{hint}")
+
+
+def _text_hint(value: Any) -> str:
+    """YAML 1.1 takes 1e-3 for text: say so."""
+    try:
+        number = float(value) if isinstance(value, str) else math.nan
+    except ValueError:
+        return ""
+    return f" That is text; YAML needs a dot and a sign in the exponent: {number!r}." if math.isfinite(number) else ""
 
 
 def check_integer(owner: str, value: Any, *, low: int, high: int | None = None) -> None:

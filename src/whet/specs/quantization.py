@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 
 from whet.errors import SpecError
-from whet.specs.base import check_integer, check_type, name_patterns, spec
+from whet.specs.base import MAPPING, check_integer, check_type, name_patterns, spec
 
 
 @spec
@@ -53,12 +53,12 @@ class Int:
         if not self.symmetric:
             return 0
         narrow = self.narrow if self.narrow is not None else self.bits >= 5
-        return -(2 ** (self.bits - 1)) + (1 if narrow else 0)
+        return -(1 << (self.bits - 1)) + (1 if narrow else 0)
 
     @property
     def qmax(self) -> int:
         """The highest code."""
-        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
 
 
 FLOAT_DTYPES = ("float16", "bfloat16")
@@ -92,8 +92,8 @@ class Quantize:
     """Store weights, and compute activations, in fewer bits.
 
     `activations=None` quantizes weights only. `keep` and `include` are layer names or `fnmatch` patterns; a kept layer
-    stays float. `overrides` gives single layers another weight spec. The target may change the *sign* of activation
-    codes (uint8 and int8 are one lattice shifted by 128), never their scale.
+    stays float. `overrides` gives layers, named in the same way, another weight spec; the first match counts. The target
+    may change the *sign* of activation codes (uint8 and int8 are one lattice shifted by 128), never their scale.
     """
 
     weights: Int | Float = field(default_factory=Int)
@@ -102,7 +102,7 @@ class Quantize:
     observer: MinMax = field(default_factory=MinMax)
     keep: tuple[str, ...] = ()
     include: tuple[str, ...] | None = None
-    overrides: Mapping[str, Int] = field(default_factory=dict)
+    overrides: Mapping[str, Int] = field(default_factory=dict, metadata=MAPPING)
 
     def __post_init__(self) -> None:
         check_type("Quantize.weights", self.weights, Int, Float)
@@ -118,10 +118,17 @@ class Quantize:
                 "Quantize(weights=Float(…)) casts weights only and needs activations=None: "
                 f"write Quantize({self.weights!r}, None)."
             )
-        if isinstance(self.weights, Int) and not self.weights.symmetric:
-            raise SpecError(
-                "Quantize.weights must be symmetric: the int8 kernels of every target need weight zero points of 0."
-            )
+        _check_weights("Quantize.weights", self.weights)
         check_type("Quantize.overrides", self.overrides, Mapping)
         for name, override in self.overrides.items():
+            check_type("The layer name in Quantize.overrides", name, str)
             check_type(f"Quantize.overrides[{name!r}]", override, Int)
+            _check_weights(f"Quantize.overrides[{name!r}]", override)
+        if self.overrides and isinstance(self.weights, Float):
+            raise SpecError("Quantize.overrides needs integer weights: Quantize(weights=Float(…)) casts every layer alike.")
+        object.__setattr__(self, "overrides", dict(self.overrides))  # the caller's mapping may change later
+
+
+def _check_weights(owner: str, weights: Int | Float) -> None:
+    if isinstance(weights, Int) and not weights.symmetric:
+        raise SpecError(f"{owner} must be symmetric: the int8 kernels of every target need weight zero points of 0.")

@@ -103,7 +103,7 @@ class Budget:
             if isinstance(value, str):
                 parse_quantity(f"Budget.{name}", value, units)
             else:
-                check_number(f"Budget.{name} as a fraction of the original", value, low=0, high=1e3, open_low=True)
+                _check_fraction(name, value)
 
     def limit(self, name: str, original: float) -> float | None:
         """The limit of `"size"`, `"gzip"` (bytes) or `"latency"` (ms), given the original's value; None if unlimited."""
@@ -115,12 +115,23 @@ class Budget:
         return float(value) * original
 
 
+def _check_fraction(name: str, value: Any) -> None:
+    try:
+        check_number(f"Budget.{name} as a fraction of the original", value, low=0, high=10, open_low=True)
+    except SpecError as cause:
+        example = "2 ms" if name == "latency" else "300 kB"
+        raise SpecError(f"{cause} An absolute limit is written as text: {example!r}.") from None
+
+
 def parse_quantity(owner: str, text: str, units: tuple[str, ...]) -> float:
     """`"300 kB"` as bytes, `"2 ms"` as milliseconds. Raises `SpecError` with the units allowed."""
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]+)\s*", text)
     if match is None or match[2] not in units:
         raise SpecError(f"{owner} must be a number and one of the units {', '.join(units)}, got {text!r}.")
-    return float(match[1]) * _UNITS[match[2]]
+    value = float(match[1]) * _UNITS[match[2]]
+    if value == 0:
+        raise SpecError(f"{owner} must be more than nothing, got {text!r}.")
+    return value
 
 
 @spec
@@ -142,5 +153,6 @@ class Metric:
             raise SpecError(f"Metric.fn must be a function of (outputs, targets), got {self.fn!r}.")
         check_type("Metric.higher_is_better", self.higher_is_better, bool)
         check_type("Metric.per_example", self.per_example, bool)
+        check_type("Metric.name", self.name, str)
         if not self.name:
             object.__setattr__(self, "name", getattr(self.fn, "__name__", type(self.fn).__name__))

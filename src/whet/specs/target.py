@@ -77,7 +77,7 @@ def find_target(name: str | Target | None, framework: str) -> Target:
         found = name
     elif name is None:
         found = next(target for target in TARGETS.values() if target.framework == framework)
-    elif name in TARGETS:
+    elif isinstance(name, str) and name in TARGETS:
         found = TARGETS[name]
     else:
         raise TargetError(f"Unknown target {name!r}. Targets: {', '.join(sorted(TARGETS))}.")
