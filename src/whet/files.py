@@ -24,22 +24,44 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
     path = Path(path)
     if path.exists() and not overwrite:
         raise OutputError(f"{str(path)!r} exists. Choose another path, remove it, or pass overwrite=True (--overwrite).")
+    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]  # innermost first
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as cause:
+        _remove_empty(made)
         raise OutputError(
             f"Cannot write to {str(path.parent)!r}: {cause.strerror}. Choose a folder you may write to."
         ) from cause
     try:
-        yield folder / path.name
-        written = folder / path.name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        os.replace(written, path)
+        yield scratch / path.name
+        _swap(scratch / path.name, path, scratch / f"{path.name}.before")
     except OSError as cause:
         if isinstance(cause, OutputError):
             raise
         raise OutputError(f"Cannot write {str(path)!r}: {cause.strerror or cause}. What was there is unchanged.") from cause
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+        if not path.exists():
+            _remove_empty(made)
+
+
+def _swap(written: Path, path: Path, aside: Path) -> None:
+    """Put `written` in the place of `path`, which waits at `aside` and comes back if that fails."""
+    if not (path.is_dir() and not path.is_symlink()):
+        os.replace(written, path)
+        return
+    os.replace(path, aside)
+    try:
+        os.replace(written, path)
+    except OSError:
+        os.replace(aside, path)
+        raise
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:  # never made, or someone else has put something there
+            return

@@ -19,10 +19,6 @@ class KerasNamespace:
     minimum = staticmethod(ops.minimum)
     maximum = staticmethod(ops.maximum)
     where = staticmethod(ops.where)
-    sum = staticmethod(ops.sum)
-    mean = staticmethod(ops.mean)
-    min = staticmethod(ops.min)
-    max = staticmethod(ops.max)
     reshape = staticmethod(ops.reshape)
     concatenate = staticmethod(ops.concatenate)
     full_like = staticmethod(ops.full_like)
@@ -31,8 +27,32 @@ class KerasNamespace:
     stop_gradient = staticmethod(ops.stop_gradient)
 
     @staticmethod
+    def sum(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+        """Sum over `axis`; over no axis when it is (), which Keras on torch takes for all of them."""
+        return x if axis == () else ops.sum(x, axis=axis, keepdims=keepdims)
+
+    @staticmethod
+    def mean(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+        """Mean over `axis`; over no axis when it is ()."""
+        return x if axis == () else ops.mean(x, axis=axis, keepdims=keepdims)
+
+    @staticmethod
+    def min(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+        """Least over `axis`; over no axis when it is ()."""
+        return x if axis == () else ops.min(x, axis=axis, keepdims=keepdims)
+
+    @staticmethod
+    def max(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+        """Greatest over `axis`; over no axis when it is ()."""
+        return x if axis == () else ops.max(x, axis=axis, keepdims=keepdims)
+
+    @staticmethod
     def argsort(x: Array) -> Array:
-        """Indices that sort the flat array `x` in ascending order; ties keep their order on every backend."""
+        """Indices that sort the flat array `x` in ascending order; ties keep their order on every backend.
+
+        Keras promises no order of ties; its TensorFlow (`tf.argsort`, through top-k), JAX and torch (`stable=True`)
+        backends all keep it, and the parity tests hold them to it.
+        """
         return ops.argsort(x)
 
 

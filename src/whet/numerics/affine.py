@@ -44,19 +44,24 @@ def qparams(low: Array, high: Array, spec: Int, *, xp: Namespace) -> tuple[Array
     """Scale and zero point (both float, elementwise over `low` and `high`) that cover `[low, high]` and zero.
 
     Symmetric: `scale = max(|low|, |high|) / qmax`, zero point 0. Asymmetric: `scale = (high - low) / (qmax - qmin)` after
-    the range is widened to hold zero, and `zero_point = round(qmin - low / scale)`.
+    the range is widened to hold zero, and `zero_point = round(qmin - low / scale)`. Any finite float32 range is taken:
+    both ends are divided before they are subtracted, which cannot overflow.
     """
     zero = low * 0
     low, high = xp.minimum(low, zero), xp.maximum(high, zero)
     if spec.symmetric:
         scale = xp.maximum(xp.maximum(-low, high) / float(spec.qmax), zero + SCALE_FLOOR)
         return scale, zero
-    scale = xp.maximum((high - low) / float(spec.qmax - spec.qmin), zero + SCALE_FLOOR)
+    levels = float(spec.qmax - spec.qmin)
+    scale = xp.maximum(high / levels - low / levels, zero + SCALE_FLOOR)
     return scale, xp.clip(xp.round(spec.qmin - low / scale), float(spec.qmin), float(spec.qmax))
 
 
 def quantize(x: Array, scale: Array, zero_point: Array, spec: Int, *, xp: Namespace) -> Array:
-    """The codes of `x`, in its own floating dtype: `clip(round(x / scale) + zero_point, qmin, qmax)`."""
+    """The codes of `x`, in its own floating dtype: `clip(round(x / scale) + zero_point, qmin, qmax)`.
+
+    16-bit floats cannot hold every code of more than 8 bits: cast `x` to float32 first.
+    """
     return xp.clip(xp.round(x / scale) + zero_point, float(spec.qmin), float(spec.qmax))
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +20,8 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     p = successes / n
     centre, width = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return max(0.0, (centre - width) / scale), min(1.0, (centre + width) / scale)
+    low = 0.0 if successes == 0 else max(0.0, (centre - width) / scale)
+    return low, 1.0 if successes == n else min(1.0, (centre + width) / scale)
 
 
 def bootstrap_mean(values: Floats, confidence: float = 0.95, *, seed: int = 0) -> tuple[float, float]:
@@ -26,11 +30,14 @@ def bootstrap_mean(values: Floats, confidence: float = 0.95, *, seed: int = 0) -
 
 
 def bootstrap(
-    values: npt.NDArray[np.generic], statistic: object, confidence: float = 0.95, *, seed: int = 0, resamples: int = RESAMPLES
+    values: npt.NDArray[Any],
+    statistic: Callable[[npt.NDArray[Any]], float],
+    confidence: float = 0.95,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of `statistic(sample)` over the first axis of `values`."""
-    if not callable(statistic):
-        raise TypeError("statistic must be a function of one sample")
     rng = np.random.default_rng(seed)
     n = len(values)
     drawn = [statistic(values[rng.integers(0, n, n)]) for _ in range(resamples)]
@@ -41,25 +48,69 @@ def bootstrap(
 def paired_drop(before: Floats, after: Floats, confidence: float = 0.95, *, seed: int = 0) -> tuple[float, float]:
     """Interval of `mean(before - after)` over the same examples, both (n,).
 
-    The same examples are drawn for both (Koehn 2004), which is narrower than two separate intervals. Where nothing
-    differs the bootstrap would claim certainty: there the rule of three bounds the unseen differences by 3/n (Hanley
-    & Lippman-Hand 1983) times the range of one score.
+    Scores of 0 and 1 have Tango's score interval, which holds where few or no examples changed; the bootstrap does not: of
+    one change it would say that the rest is certain. Other scores are resampled together (Koehn 2004). Where none of these
+    differs, the unseen differences are bounded as by the rule of three (Hanley & Lippman-Hand 1983), for both sides:
+    `-ln((1 - confidence) / 2) / n` (3.7/n at 95 %) times the range of one score.
     """
-    difference = np.asarray(before, np.float64) - np.asarray(after, np.float64)
+    before, after = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    difference = before - after
+    if _is_binary(before) and _is_binary(after) and np.max(np.abs(difference)) <= 1:
+        return tango(int(np.sum(difference > 0)), int(np.sum(difference < 0)), len(difference), confidence)
     if np.all(difference == 0):
-        spread = float(np.ptp(np.asarray(before, np.float64))) or 1.0
-        bound = -math.log((1 - confidence) / 2) / len(difference) * spread
+        bound = _unseen(len(difference), confidence) * (float(np.ptp(before)) or 1.0)
         return -bound, bound
     return bootstrap_mean(difference, confidence, seed=seed)
 
 
+def tango(losses: int, gains: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Score interval of `(losses - gains) / n`, the difference of two paired proportions (Tango 1998, Stat. Med. 17:891).
+
+    losses: examples right before and wrong after; gains: the reverse; n: all examples. The interval holds every difference
+    `d` with `|losses - gains - n d| <= z sqrt(n (2 q + d (1 - d)))`, `q` being the most likely rate of gains if `d` is true
+    (the positive root of `2n q² + (-losses - gains + (2n - losses + gains) d) q - gains d (1 - d)`). Without losses and
+    gains it is `± z² / (n + z²)`.
+    """
+    z = normal_quantile(0.5 + confidence / 2)
+
+    def excess(d: float) -> float:
+        """The score statistic of `d`, which falls as `d` rises."""
+        linear = -losses - gains + (2 * n - losses + gains) * d
+        root = math.sqrt(max(0.0, linear * linear + 8 * n * gains * d * (1 - d)))
+        q = (root - linear) / (4 * n)
+        variance = n * max(0.0, 2 * q + d * (1 - d))
+        distance = losses - gains - n * d
+        return distance / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, distance)
+
+    def solve(level: float, low: float, high: float) -> float:
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if excess(middle) > level else (low, middle)
+        return (low + high) / 2
+
+    estimate = (losses - gains) / n
+    return solve(z, -1.0, estimate), solve(-z, estimate, 1.0)
+
+
 def examples_needed(difference: Floats, max_drop: float, confidence: float) -> int | None:
-    """How many examples would put the interval's upper end at `max_drop`, if mean and spread stay; None if none would."""
+    """How many examples would put the interval's upper end at `max_drop`, if mean and spread stay; None if none would.
+
+    difference: `before - after` per example, (n,). At least as many as would show it if no example differed.
+    """
     mean, deviation = float(np.mean(difference)), float(np.std(difference))
     if mean >= max_drop:
         return None
     z = normal_quantile(0.5 + confidence / 2)
-    return math.ceil((z * max(deviation, 1e-12) / (max_drop - mean)) ** 2)
+    return math.ceil(max((z * deviation / (max_drop - mean)) ** 2, _unseen(1, confidence) / (max_drop - mean)))
+
+
+def _unseen(n: int, confidence: float) -> float:
+    return -math.log((1 - confidence) / 2) / n
+
+
+def _is_binary(scores: Floats) -> bool:
+    """Whether all are 0 or 1, or 0 or -1 (where lower was better)."""
+    return bool(np.all((scores == 0) | (np.abs(scores) == 1)))
 
 
 def ratio_of_medians(after: Floats, before: Floats, confidence: float = 0.95, *, seed: int = 0) -> tuple[float, float]:
@@ -85,6 +136,4 @@ def top1_agreement(a: Floats, b: Floats) -> float:
 
 def normal_quantile(p: float) -> float:
     """The standard normal quantile."""
-    from statistics import NormalDist
-
     return NormalDist().inv_cdf(p)

@@ -14,7 +14,7 @@ class StoppingState:
 
     epoch: int = 0  # epochs seen
     best: float | None = None
-    best_epoch: int | None = None
+    best_epoch: int | None = None  # counted from 0
     waited: int = 0  # epochs since the best, counted once the schedule is done
 
 
@@ -43,7 +43,7 @@ def update(
     finite = math.isfinite(value)
     gain = 0.0 if state.best is None else (value - state.best if higher_is_better else state.best - value)
     if finite and (state.best is None or gain > margin):
-        return StoppingState(epoch, value, state.epoch, 0), Decision(True, False, "improved")
+        return StoppingState(epoch, float(value), state.epoch, 0), Decision(True, False, "improved")
     waited = state.waited + 1
     stop = spec is not None and waited >= spec.patience
     why = "no improvement" if finite else f"{value} is never best"

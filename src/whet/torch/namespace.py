@@ -38,13 +38,13 @@ class TorchNamespace:
 
     @staticmethod
     def sum(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
-        """Sum over `axis`."""
-        return torch.sum(x) if axis is None else torch.sum(x, dim=axis, keepdim=keepdims)
+        """Sum over `axis`; over no axis when it is ()."""
+        return torch.sum(x) if axis is None else x if axis == () else torch.sum(x, dim=axis, keepdim=keepdims)
 
     @staticmethod
     def mean(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
-        """Mean over `axis`."""
-        return torch.mean(x) if axis is None else torch.mean(x, dim=axis, keepdim=keepdims)
+        """Mean over `axis`; over no axis when it is ()."""
+        return torch.mean(x) if axis is None else x if axis == () else torch.mean(x, dim=axis, keepdim=keepdims)
 
     @staticmethod
     def min(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
