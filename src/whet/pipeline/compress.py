@@ -54,6 +54,7 @@ class Job:
     budget: Budget
     target: Target
     example: Any
+    like: Any  # the model's outputs on the example: the structure that metrics and comparisons expect
     seed: int
     device: str | None
     progress: bool
@@ -120,6 +121,7 @@ def compress(
         budget,
         rules,
         original.example,
+        original.side.predict(original.float_model, original.example),
         seed,
         device,
         progress,
@@ -182,15 +184,30 @@ def _search(job: Job, original: Compressed, recipes: tuple[Recipe, ...], folder:
         file = made.export(folder / str(index) / f"model{job.target.suffix}", job.target)
         if made.plan is not None and made.plan.values:
             check_integer(file, float_allowed=_float_weights(made))
-        runs = 0 if job.budget.latency is None else None
-        files = {"original": baseline, "model": file}
-        measured = gather(files, job.val, job.metric, runs=runs, seed=job.seed, progress=job.progress)
+        measured = _gather(job, made, baseline, file, job.val, runs=0 if job.budget.latency is None else None)
         tried.append(_judge(job, recipe, made, file, measured["original"], measured["model"]))
         if not tried[-1].missed:
             return tried[-1], tried
     return min(
         tried, key=lambda candidate: (candidate.drop > job.budget.max_drop, len(candidate.missed), candidate.drop)
     ), tried
+
+
+def _gather(
+    job: Job, made: Compressed, original: Path, model: Path, data: Batches, *, runs: int | None = None
+) -> dict[str, Measured]:
+    """Run both files on `data`."""
+    kept, size = sum(int(mask.sum()) for mask in made.masks.values()), sum(mask.size for mask in made.masks.values())
+    return gather(
+        {"original": original, "model": model},
+        data,
+        job.metric,
+        runs=runs,
+        seed=job.seed,
+        progress=job.progress,
+        like=job.like,
+        sparsity={"model": 1 - kept / size} if size else None,
+    )
 
 
 def _judge(job: Job, recipe: Recipe, made: Compressed, file: Path, original: Measured, measured: Measured) -> Candidate:
@@ -230,8 +247,7 @@ def _finish(job: Job, chosen: Candidate, tried: list[Candidate], baseline: Path)
     """Measure the chosen file beside the original on the reporting data and write the report."""
     data, split = (job.val, "val") if job.test is None else (job.test, "test")
     made = chosen.compressed
-    files = {"original": baseline, "model": chosen.file}
-    measured = gather(files, data, job.metric, seed=job.seed, progress=job.progress)
+    measured = _gather(job, made, baseline, chosen.file, data)
     simulated = outputs_of(made.side, made.model, data)
     original, model = measured["original"], measured["model"]
     compared = parity(simulated, model.outputs)

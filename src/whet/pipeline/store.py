@@ -31,6 +31,8 @@ def save(compressed: Compressed, folder: Path, *, overwrite: bool = False) -> Pa
         OutputError: `folder` exists and `overwrite` is false, cannot be written, or does not read back the same.
         SpecError: a spec holds a function that cannot be imported again.
     """
+    if overwrite and folder.exists() and not (folder / INDEX).exists():
+        raise OutputError(f"{str(folder)!r} was not written by Whet and will not be replaced. Choose another folder.")
     with replacing(folder, overwrite=overwrite) as temporary:
         temporary.mkdir()
         arrays: dict[str, np.ndarray[Any, Any]] = {}
@@ -127,6 +129,7 @@ def _plan_to_dict(plan: Plan | None, arrays: dict[str, Any]) -> dict[str, Any] |
         "values": rows("values", plan.values),
         "biases": {name: list(pair) for name, pair in plan.biases.items()},
         "folds": [list(pair) for pair in plan.folds],
+        "casts": dict(plan.casts),
     }
 
 
@@ -146,7 +149,8 @@ def _plan_from_dict(plain: dict[str, Any] | None, arrays: dict[str, Any]) -> Pla
 
     biases = {name: (pair[0], pair[1]) for name, pair in plain["biases"].items()}
     folds = tuple((pair[0], pair[1]) for pair in plain["folds"])
-    return Plan(from_dict(plain["spec"]), plain["target"], quantizers("weights"), quantizers("values"), biases, folds)
+    weights, values, casts = quantizers("weights"), quantizers("values"), dict(plain.get("casts", {}))
+    return Plan(from_dict(plain["spec"]), plain["target"], weights, values, biases, folds, casts)
 
 
 def _masks_to_dict(masks: Masks, arrays: dict[str, Any]) -> dict[str, list[int]]:
