@@ -7,10 +7,12 @@ iterable of batches (a DataLoader, a tf.data.Dataset, a PyDataset, a list), or w
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from whet.errors import DataError
 
@@ -27,11 +29,12 @@ class Batches:
     """
 
     def __init__(self, data: Any, what: str = "data", *, batch: int = BATCH) -> None:
-        """`what` names the data in errors ("train", "calibration").
+        """`what` names the data in errors ("train", "calibration"); `batch` is the size that whole arrays are cut into.
 
         Raises:
-            DataError: None, an empty or one-shot iterable.
+            DataError: None, nothing in it, no end to it, arrays of different lengths, or something that is no data.
         """
+        self._data: Any
         if isinstance(data, Batches):
             data, batch = data._data, data._batch
         if data is None:
@@ -39,12 +42,13 @@ class Batches:
         self.what, self._batch, self._is_arrays = what, batch, _is_arrays(data)
         if self._is_arrays:
             _check_lengths(data, what)
-        elif isinstance(data, Iterator):
+            data = _map(data, lambda array: _array(array, what))
+        else:
+            _refuse_unusable(data, what)
+        if isinstance(data, Iterator):
             # A generator can be read once; what it yields is kept, so that every pass sees the same batches.
             data = list(data)
-        if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
-            raise DataError(f"{what} must be an iterable of batches or a tuple of arrays, got a {type(data).__name__}.")
-        if not self._is_arrays and hasattr(data, "__len__") and len(data) == 0:
+        if not self._is_arrays and _known_length(data) == 0:
             raise DataError(f"{what} is empty: it yielded no batch. If it is a generator, it may have been read before.")
         self._data = data
 
@@ -59,9 +63,8 @@ class Batches:
         """The number of batches; read once to find out where the data does not say."""
         if self._is_arrays:
             return -(-_length(self._data) // self._batch)
-        if hasattr(self._data, "__len__"):
-            return len(self._data)
-        return sum(1 for _ in self._raw())
+        known = _known_length(self._data)
+        return known if known is not None else sum(1 for _ in self._raw())
 
     def first(self) -> tuple[Any, Any]:
         """The first batch."""
@@ -87,11 +90,15 @@ class Batches:
         order = np.arange(n) if rng is None else rng.permutation(n)
         for start in range(0, n, self._batch):
             rows = order[start : start + self._batch]
-            yield _map(self._data, lambda array, rows=rows: np.asarray(array)[rows])
+            yield _map(self._data, lambda array, rows=rows: array[rows])
 
 
 def split(batch: Any) -> tuple[Any, Any]:
-    """`(inputs, targets)` of a batch; targets is None where it has none."""
+    """`(inputs, targets)` of a batch; targets is None where it has none.
+
+    Raises:
+        DataError: a sequence that is neither.
+    """
     if isinstance(batch, Mapping):
         inputs = {key: value for key, value in batch.items() if key != LABELS}
         return inputs, batch.get(LABELS)
@@ -102,7 +109,7 @@ def split(batch: Any) -> tuple[Any, Any]:
             return batch[0], None
         raise DataError(
             f"A batch is inputs, (inputs, targets) or a dict of inputs, got a sequence of {len(batch)}. "
-            "Several inputs with targets are written ((a, b), targets)."
+            "Several inputs with targets are written ((a, b), targets); sample weights are not taken."
         )
     return batch, None
 
@@ -117,16 +124,14 @@ def to_numpy(value: Any, where: str) -> Any:
         return None
     if isinstance(value, Mapping):
         return {key: to_numpy(item, f"{where}[{key!r}]") for key, item in value.items()}
-    if isinstance(value, tuple) or (isinstance(value, list) and value and hasattr(value[0], "shape") and value[0].shape):
+    if isinstance(value, tuple) or (isinstance(value, list) and value and hasattr(value[0], "shape") and len(value[0].shape)):
         return tuple(to_numpy(item, f"{where}[{i}]") for i, item in enumerate(value))
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
-    array = np.asarray(value)
-    if array.dtype == object or array.dtype.kind in "US":
+    array = _array(value, where)
+    if array.dtype.kind not in "fiubc":
         raise DataError(f"{where} must be numeric arrays of one shape, got {type(value).__name__} of {array.dtype}.")
     if array.dtype == np.float64:
-        array = array.astype(np.float32)
+        with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
+            array = array.astype(np.float32)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         bad = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
         raise DataError(f"{where} holds {array[bad]} at index {bad}. Remove or repair such examples.")
@@ -143,18 +148,75 @@ def rows(value: Any) -> int:
 
 
 def concatenate(parts: Sequence[Any]) -> Any:
-    """Batches of outputs or targets as one, in the same structure."""
+    """Batches of outputs or targets as one, in the same structure; None where they are.
+
+    Raises:
+        DataError: there are none, or their shapes differ in more than the first dimension.
+    """
+    if not parts:
+        raise DataError("There is no batch to join: the data was empty.")
     first = parts[0]
+    if first is None:
+        return None
     if isinstance(first, Mapping):
         return {key: concatenate([part[key] for part in parts]) for key in first}
     if isinstance(first, tuple | list):
         return tuple(concatenate([part[i] for part in parts]) for i in range(len(first)))
-    return np.concatenate([np.atleast_1d(part) for part in parts])
+    arrays = [np.atleast_1d(part) for part in parts]
+    if len({array.shape[1:] for array in arrays}) > 1:
+        shapes = sorted({array.shape[1:] for array in arrays})
+        raise DataError(
+            f"Batches cannot be joined: their examples have different shapes, {shapes[0]} and {shapes[1]}. "
+            "Pad them to one shape."
+        )
+    return np.concatenate(arrays)
+
+
+def _array(value: Any, where: str) -> npt.NDArray[Any]:
+    """One array of any framework, on this machine's memory; bfloat16, which NumPy lacks, as float32."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as cause:
+        raise DataError(f"{where} must be numeric arrays of one shape, got a {type(value).__name__} ({cause}).") from cause
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+
+
+def _refuse_unusable(data: Any, what: str) -> None:
+    """Raise `DataError` for what would be misread batch by batch, or never end."""
+    if isinstance(data, str | bytes) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        raise DataError(f"{what} must be an iterable of batches or a tuple of arrays, got a {type(data).__name__}.")
+    if isinstance(data, Mapping) and data:
+        names = [key for key, value in data.items() if not hasattr(value, "shape")]
+        raise DataError(f"{what} is a dict, whose values must be arrays; {names[0]!r} is a {type(data[names[0]]).__name__}.")
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(data, torch.utils.data.Dataset) and not hasattr(data, "__iter__"):
+        raise DataError(
+            f"{what} is a {type(data).__name__}, which yields single examples. "
+            "Wrap it: torch.utils.data.DataLoader(dataset, batch_size=64)."
+        )
+    if hasattr(data, "cardinality") and int(data.cardinality()) == -1:  # tf.data.INFINITE_CARDINALITY
+        raise DataError(f"{what} never ends. Leave out .repeat(), or end it with .take(n).")
+    if isinstance(data, list) and len({len(item.shape) for item in data if hasattr(item, "shape")}) > 1:
+        raise DataError(
+            f"{what} is a list, which holds batches, and its arrays have different numbers of dimensions. "
+            "Whole arrays are written as a tuple: (inputs, targets)."
+        )
+
+
+def _known_length(data: Any) -> int | None:
+    """The number of batches where the data says so: a tf.data.Dataset or an IterableDataset's loader may not."""
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _is_arrays(data: Any) -> bool:
     if isinstance(data, Mapping):
-        return all(hasattr(value, "shape") for value in data.values())
+        return len(data) > 0 and all(hasattr(value, "shape") for value in data.values())
     if isinstance(data, tuple):
         return len(data) > 0 and all(hasattr(value, "shape") or isinstance(value, Mapping | tuple) for value in data)
     return hasattr(data, "shape") and hasattr(data, "dtype")
