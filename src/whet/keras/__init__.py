@@ -1,1 +1,26 @@
-"""The Keras 3 side."""
+"""The Keras 3 side: the verbs of `whet.pipeline.side.Side`, and pieces for your own training loop."""
+
+from whet.keras.callbacks import PruningCallback
+from whet.keras.distill import soft_targets
+from whet.keras.inspect import inspect
+from whet.keras.model import copy, predict, validate
+from whet.keras.prune import Pruner, prune
+from whet.keras.store import load_model, save_model
+from whet.keras.training import train
+
+FRAMEWORK = "keras"
+
+__all__ = [
+    "FRAMEWORK",
+    "Pruner",
+    "PruningCallback",
+    "copy",
+    "inspect",
+    "load_model",
+    "predict",
+    "prune",
+    "save_model",
+    "soft_targets",
+    "train",
+    "validate",
+]

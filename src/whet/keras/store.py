@@ -1,0 +1,144 @@
+"""A Keras model on disk, without pickle: the architecture and weights as `.keras`, or the weights alone."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from whet.errors import ModelError, RuntimeFileError
+from whet.keras.model import copy, random_state_kept, short
+from whet.keras.views import walk
+from whet.specs.base import import_function
+
+MODEL, WEIGHTS = "model.keras", "model.weights.h5"
+
+
+def save_model(model: Any, folder: Path) -> dict[str, Any]:
+    """Write `model` into `folder`: architecture and weights as model.keras, which holds no code.
+
+    A model with Lambda layers or with custom classes that are not registered cannot be rebuilt from such a file: then
+    its weights alone are written, and loading needs the code. The result is plain: `{"file", "class": "module:name",
+    "layers": the names of all layers in walking order, "needs_model": the reason or None}`.
+
+    Raises:
+        ModelError: Keras cannot write the model.
+    """
+    reason = _unbuildable(model)
+    file = MODEL if reason is None else WEIGHTS
+    try:
+        if reason is None:
+            model.save(folder / MODEL)
+        else:
+            model.save_weights(folder / WEIGHTS)
+    except (TypeError, ValueError, NotImplementedError) as cause:
+        raise ModelError(f"The model {model.name!r} cannot be saved: {short(cause)}") from cause
+    names = [layer.name for _, layer in walk(model)]
+    return {"file": file, "class": _class(model), "name": model.name, "layers": names, "needs_model": reason}
+
+
+def _unbuildable(model: Any) -> str | None:
+    """Why `model` cannot be rebuilt from a file without running code from it; None if it can."""
+    for path, layer in [*walk(model), (model.name, model)]:
+        cls = type(layer)
+        if isinstance(layer, keras.layers.Lambda):
+            return f"the layer {path!r} is a Lambda, whose Python code is never saved"
+        if not cls.__module__.startswith("keras.") and not _is_registered(cls):
+            return f"the class {cls.__name__} of {path!r} is not registered (@keras.saving.register_keras_serializable())"
+        for value in vars(layer).values():
+            code = getattr(value, "__code__", None)
+            module = str(getattr(value, "__module__", "keras."))
+            if code is not None and not module.startswith("keras.") and not _is_registered(value):
+                return f"the function {getattr(value, '__name__', value)!r} of {path!r} is not registered"
+    return None
+
+
+def _is_registered(thing: Any) -> bool:
+    name = keras.saving.get_registered_name(thing)
+    return keras.saving.get_registered_object(name) is thing
+
+
+def load_model(folder: Path, kept: dict[str, Any], model: Any) -> Any:
+    """The model that `save_model` wrote, with the same weights and layer names.
+
+    Without `model` it is rebuilt from the file; Keras' safe mode is on, so that no code in the file ever runs. `model` is
+    an instance of the original (a copy of it is loaded), a callable without arguments that builds one, or a text
+    `module:function` that names such a callable.
+
+    Raises:
+        ModelError: `model` is needed and missing, is none of these, or has other weights than were saved.
+        RuntimeFileError: the file is missing or damaged.
+    """
+    file = folder / kept["file"]
+    if not file.is_file():
+        raise RuntimeFileError(f"Cannot read the model {str(file)!r}: there is no such file.")
+    if model is None:
+        loaded = _rebuild(file, kept)
+    else:
+        loaded = _build(model, kept)
+        _check_layers(loaded, kept)
+        try:
+            loaded.load_weights(file)
+        except (ValueError, KeyError) as cause:
+            raise ModelError(
+                f"The model given ({_class(loaded)}) does not take the weights that were saved ({kept['class']}): "
+                f"{short(cause)} Build it with the original's arguments."
+            ) from cause
+        except (OSError, zipfile.BadZipFile) as cause:
+            raise RuntimeFileError(f"Cannot read the weights {str(file)!r}: {short(cause)}") from cause
+    for (_, layer), name in zip(walk(loaded), kept["layers"], strict=False):
+        if layer.name != name:  # layers that a custom layer makes for itself are numbered anew each time
+            layer.name = name
+    return loaded
+
+
+def _rebuild(file: Path, kept: dict[str, Any]) -> Any:
+    if kept["needs_model"] is not None:
+        raise ModelError(
+            f"Only the weights were saved, because {kept['needs_model']}. Pass model=: an instance of {kept['class']}, a "
+            "function without arguments that builds it, or the text 'module:function' that names one."
+        )
+    try:
+        with random_state_kept():
+            return keras.saving.load_model(file, compile=False, safe_mode=True)
+    except (OSError, zipfile.BadZipFile) as cause:
+        raise RuntimeFileError(f"Cannot read the model {str(file)!r}: {short(cause)}") from cause
+    except (TypeError, ValueError, ImportError) as cause:
+        raise ModelError(
+            f"The model {kept['class']} cannot be rebuilt from {str(file)!r}: {short(cause)} Import the module that registers "
+            "its classes, or pass model=: an instance of the original or a function that builds it."
+        ) from cause
+
+
+def _build(model: Any, kept: dict[str, Any]) -> Any:
+    name = kept["class"]
+    if isinstance(model, keras.Model):
+        return copy(model)
+    builder: Callable[[], Any] = import_function(model) if isinstance(model, str) else model
+    if not callable(builder):
+        raise ModelError(f"model= must be a keras.Model or a function that builds one, got a {type(model).__name__}.")
+    try:
+        made = builder()
+    except TypeError as cause:
+        raise ModelError(f"model= must build {name} when called without arguments: {cause}.") from cause
+    if not isinstance(made, keras.Model):
+        raise ModelError(f"model= must build a keras.Model ({name}), but it returned a {type(made).__name__}.")
+    if not made.built or not made.weights:
+        raise ModelError(f"model= must build a model with weights; this {type(made).__name__} was never called. Call it once.")
+    return made
+
+
+def _check_layers(made: Any, kept: dict[str, Any]) -> None:
+    count = len(list(walk(made)))
+    if count != len(kept["layers"]):
+        raise ModelError(
+            f"The model given ({_class(made)}) is not the one that was saved ({kept['class']}): it has {count} layers, "
+            f"saved were {len(kept['layers'])}. Build it with the original's arguments."
+        )
+
+
+def _class(model: Any) -> str:
+    return f"{type(model).__module__}:{type(model).__qualname__}"
