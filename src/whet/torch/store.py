@@ -99,7 +99,7 @@ def _build(model: Any, kept: dict[str, Any]) -> Any:
 def _check(made: Any, state: dict[str, Any], kept: dict[str, Any]) -> None:
     """Refuse a model whose state has other names or shapes than `state`."""
     own = made.state_dict(keep_vars=True)
-    problems = [f"no {name}" for name in state if name not in own]
+    problems = [f"no {name}" for name in sorted(state) if name not in own]
     problems += [f"{name} was not saved" for name in own if name not in state]
     for name in (name for name in own if name in state):
         tensor = own[name]

@@ -148,6 +148,7 @@ class _Loop:
                 if decision.stop:
                     break
         finally:
+            self.optimizer.zero_grad(set_to_none=True)
             _restore(self.model, best)
             self.masker.hold()
             for module, training in modes:
