@@ -5,7 +5,7 @@ A quantizer sits where a value is produced, so that every reader sees the same c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from whet.graph.nodes import Graph, Node
@@ -13,18 +13,22 @@ from whet.numerics.affine import QParams
 from whet.specs.quantization import Quantize
 from whet.specs.target import Target
 
+SEVERAL = frozenset({"add", "mul", "concat"})  # with one activation among their operands, the others are constants
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
     """values: value name -> group; the values of one group share one scale and zero point. fixed: group -> (scale, zero
     point) given by the target. weights: weight name -> the node whose weight is quantized (its first reader). nodes: the
-    names of the nodes that compute in integers. skipped: (layer, reason) for what stays float."""
+    names of the nodes that compute in integers. skipped: (layer, reason) for what stays float. clipped: values whose own
+    range does not count, since an activation behind them cuts it."""
 
     values: dict[str, str]
     fixed: dict[str, tuple[float, int]]
     weights: dict[str, Node]
     nodes: frozenset[str]
     skipped: tuple[tuple[str, str], ...]
+    clipped: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,8 @@ class Plan:
     """A solved quantization: the quantizer of every weight (by parameter name) and of every value (by value name).
 
     biases: bias name -> (value name of the node's input, weight name): stored as int32 at the product of their scales.
-    folds: (batch-norm layer, convolution layer) pairs folded before the weights were solved.
+    folds: (batch-norm layer, convolution layer) pairs folded before the weights were solved. casts: weight name -> the
+    16-bit float dtype it is stored in.
     """
 
     spec: Quantize
@@ -41,6 +46,7 @@ class Plan:
     values: dict[str, QParams]
     biases: dict[str, tuple[str, str]]
     folds: tuple[tuple[str, str], ...] = ()
+    casts: dict[str, str] = field(default_factory=dict)
 
 
 def selected(layer: str, keep: tuple[str, ...], include: tuple[str, ...] | None) -> str | None:
@@ -66,61 +72,121 @@ def place(graph: Graph, target: Target, spec: Quantize) -> Placement:
     1. Operations with weights in `target.compute` are chosen unless kept by name. Their weights are quantized.
     2. Without activations in the spec, that is all.
     3. The inputs of the chosen operations, and the end of the chain of fused activations behind them, are quantized.
-    4. An operation in `target.quantized` whose inputs all are quantized (or can be) is chosen too.
-    5. An operation in `target.shared` passes its input's group on to its output; `target.joined` unites all.
+    4. An operation in `target.quantized` is chosen too if an integer operation feeds it; of its operands none is a constant.
+    5. An operation in `target.shared` passes its input's group on to its output; `target.joined` unites all. The calls of
+       one layer share the range of their inputs if it has a bias, which is stored once, at the input's scale.
+    6. An activation behind such moves (convolution, max pooling, relu) belongs to their group, which has its range.
+    7. Where a fixed scale would be forced on other values (a softmax joined with logits), that operation stays float.
     """
-    readers = graph.consumers()
-    producer = {value: node for node in graph.nodes for value in node.values}
-    skipped: list[tuple[str, str]] = []
-    weights: dict[str, Node] = {}
-    chosen: set[str] = set()
-    for node in graph.nodes:
-        reason = selected(node.layer, spec.keep, spec.include)
-        if node.op in target.compute and node.weight is not None:
-            if reason is None:
-                chosen.add(node.name)
-                weights.setdefault(node.weight, node)
-            else:
-                skipped.append((node.layer, reason))
-        elif node.op in target.quantized and reason is None:
-            chosen.add(node.name)
-        elif node.weight is not None:
-            skipped.append((node.layer, f"operation {node.op!r} is not quantized on {target.name}"))
-    if spec.activations is None:
-        return Placement({}, {}, weights, frozenset(), tuple(skipped))
+    refused: dict[str, str] = {}  # node name -> reason
+    while True:
+        placement, conflicts = _attempt(graph, target, spec, refused)
+        if not conflicts:
+            return placement
+        refused |= conflicts
 
-    chosen = _reachable(graph, target, chosen, producer, weights)
+
+def _attempt(graph: Graph, target: Target, spec: Quantize, refused: dict[str, str]) -> tuple[Placement, dict[str, str]]:
+    """A placement without the `refused` nodes, and the nodes in it (with the reason) that cannot be placed so."""
+    chosen, weights, skipped = _choose(graph, target, spec, refused)
+    if spec.activations is None:
+        return Placement({}, {}, weights, frozenset(), skipped), {}
+    readers = graph.consumers()
     ends = {node.name: _end(node, target, readers, graph) for node in graph.nodes if node.name in chosen}
-    wanted = {value for node in graph.nodes if node.name in chosen for value in node.inputs}
-    wanted |= {value for values in ends.values() for value in values}
     moves = [n for n in graph.nodes if n.op in target.shared and len(n.inputs) == 1 and n.outputs == 1]
+    behind = _behind_moves(graph, target, readers, [n for n in graph.nodes if n.name in chosen], ends)
+    wanted = {value for node in graph.nodes if node.name in chosen for value in (*node.inputs, *ends[node.name])} | set(behind)
     while True:  # values move through integers when either side is quantized: then both are
         grown = wanted | {v for n in moves if n.name in wanted or n.inputs[0] in wanted for v in (n.name, n.inputs[0])}
         if grown == wanted:
             break
         wanted = grown
 
-    parent = {value: value for value in wanted}
-
-    def find(value: str) -> str:
-        while parent[value] != value:
-            value = parent[value]
-        return value
-
+    groups = _Groups(wanted)
     for node in moves:
         if node.name in wanted:
-            parent[find(node.name)] = find(node.inputs[0])
-    for node in graph.nodes:
-        if node.op in target.joined and node.name in chosen:
-            for value in (*node.inputs, *ends[node.name]):
-                parent[find(value)] = find(node.inputs[0])
-    fixed: dict[str, tuple[float, int]] = {}
+            groups.unite([node.inputs[0], node.name])
+    for value, chain in behind.items():
+        groups.unite([*chain, value])
     for node in graph.nodes:
         if node.op in target.fixed and node.name in chosen:
             for value in ends[node.name]:
-                fixed[find(value)] = target.fixed[node.op]
-    values = {value: find(value) for value in sorted(wanted)}
-    return Placement(values, fixed, weights, frozenset(chosen), tuple(skipped))
+                groups.fixed[groups.find(value)] = target.fixed[node.op]
+    conflicts: dict[str, str] = {}
+    for node, values in _joined(graph, target, chosen, ends):
+        if not groups.unite(values):
+            conflicts[node.name] = f"on {target.name} it would force a fixed scale on other values"
+    clipped = frozenset(value for chain in behind.values() for value in chain)
+    names = {value: groups.find(value) for value in sorted(wanted)}
+    return Placement(names, groups.fixed, weights, frozenset(chosen), skipped, clipped), conflicts
+
+
+class _Groups:
+    """Values that share one scale: a union-find that keeps fixed scales from spreading."""
+
+    def __init__(self, values: set[str]) -> None:
+        self._parent = {value: value for value in values}
+        self.fixed: dict[str, tuple[float, int]] = {}  # group -> (scale, zero point)
+
+    def find(self, value: str) -> str:
+        """The group of `value`."""
+        while self._parent[value] != value:
+            value = self._parent[value]
+        return value
+
+    def unite(self, values: list[str]) -> bool:
+        """Put `values` into one group; False, and nothing is done, if some have a fixed scale that others do not."""
+        roots = list(dict.fromkeys(self.find(value) for value in values))
+        rules = {self.fixed.get(root) for root in roots}
+        if len(rules) > 1:
+            return False
+        for root in roots[1:]:
+            self._parent[root] = roots[0]
+            self.fixed.pop(root, None)
+        return True
+
+
+def _choose(
+    graph: Graph, target: Target, spec: Quantize, refused: dict[str, str]
+) -> tuple[set[str], dict[str, Node], tuple[tuple[str, str], ...]]:
+    """The names of the nodes that compute in integers, the weights they store, and what stays float and why."""
+    skipped: dict[tuple[str, str], None] = {}  # a layer that is called twice is listed once
+    weights: dict[str, Node] = {}
+    chosen: set[str] = set()
+    for node in graph.nodes:
+        reason = selected(node.layer, spec.keep, spec.include)
+        reason = refused.get(node.name) if reason is None else reason
+        if node.op in target.compute:
+            if reason is None and node.weight is None:
+                reason = "its weight is computed, not stored"
+            if reason is None and node.weight is not None:
+                chosen.add(node.name)
+                weights.setdefault(node.weight, node)
+            elif reason is not None:
+                skipped[node.layer, reason] = None
+        elif node.op in target.quantized and reason is None:
+            if node.op not in SEVERAL or len(node.inputs) > 1:
+                chosen.add(node.name)
+        elif node.weight is not None:
+            skipped[node.layer, reason or f"operation {node.op!r} is not quantized on {target.name}"] = None
+        elif node.name in refused:
+            skipped[node.layer, refused[node.name]] = None
+    producer = {value: node for node in graph.nodes for value in node.values}
+    return _reachable(graph, target, chosen, producer, weights), weights, tuple(skipped)
+
+
+def _joined(graph: Graph, target: Target, chosen: set[str], ends: dict[str, tuple[str, ...]]) -> list[tuple[Node, list[str]]]:
+    """The chosen nodes that tie values together, and the values they tie."""
+    tied: list[tuple[Node, list[str]]] = []
+    first: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.name not in chosen:
+            continue
+        if node.op in target.joined:
+            tied.append((node, [*node.inputs, *ends[node.name]]))
+        if node.bias is not None and node.inputs:
+            tied.append((node, [first.setdefault(node.bias, node.inputs[0]), node.inputs[0]]))
+    return tied
 
 
 def _reachable(graph: Graph, target: Target, chosen: set[str], producer: dict[str, Node], weights: dict[str, Node]) -> set[str]:
@@ -142,12 +208,38 @@ def _reachable(graph: Graph, target: Target, chosen: set[str], producer: dict[st
 
 def _end(node: Node, target: Target, readers: dict[str, list[Node]], graph: Graph) -> tuple[str, ...]:
     """The values where `node`'s integer output appears: behind the fused activation, if that alone reads it."""
-    if node.outputs != 1:
+    if node.outputs != 1 or node.op in target.fixed:
         return node.values
     value = node.name
-    while value not in graph.outputs:
-        following = readers[value]
-        if len(following) != 1 or following[0].op not in target.fused:
-            break
-        value = following[0].name
+    while (reader := _only_reader(value, readers, graph)) is not None and reader.op in target.fused:
+        value = reader.name
     return (value,)
+
+
+def _behind_moves(
+    graph: Graph, target: Target, readers: dict[str, list[Node]], nodes: list[Node], ends: dict[str, tuple[str, ...]]
+) -> dict[str, list[str]]:
+    """Activations behind moves that alone read each other, and the values between: `relu(max_pool(conv(x)))`.
+
+    Clamping commutes with moves and with max pooling, so the values between may be cut to the activation's range, which
+    then costs no operation and no resolution.
+    """
+    found: dict[str, list[str]] = {}
+    for node in nodes:
+        if len(ends[node.name]) != 1 or node.op in target.fixed:
+            continue
+        chain = [ends[node.name][0]]
+        while (reader := _only_reader(chain[-1], readers, graph)) is not None:
+            if reader.op in target.fused and len(chain) > 1:
+                found[reader.name] = chain
+                break
+            if reader.op not in target.shared or len(reader.inputs) != 1 or reader.outputs != 1:
+                break
+            chain.append(reader.name)
+    return found
+
+
+def _only_reader(value: str, readers: dict[str, list[Node]], graph: Graph) -> Node | None:
+    """The node that alone reads `value`; None if several do or the caller sees it."""
+    following = readers.get(value, [])
+    return following[0] if len(following) == 1 and value not in graph.outputs else None

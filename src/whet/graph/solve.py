@@ -6,7 +6,7 @@ Both sides call this: they trace and calibrate, then apply the plan.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,16 @@ import numpy.typing as npt
 
 from whet.errors import DataError, ModelError
 from whet.graph.nodes import Graph
-from whet.graph.placement import Placement, Plan, place, unmatched
+from whet.graph.placement import Placement, Plan, matches, place, unmatched
 from whet.graph.views import WeightView
 from whet.numerics.affine import QParams, dequantize, fit_scale_to_bias, qparams, quantize
 from whet.numerics.namespace import numpy_namespace as xp
 from whet.numerics.observers import Range, channel_range
 from whet.numerics.statistics import sqnr_db
-from whet.specs.quantization import Float, Int, PerChannel, Quantize
+from whet.specs.quantization import Float, Int, PerChannel, PerTensor, Quantize
 from whet.specs.target import Target
+
+FIXED = Int(8, symmetric=False, granularity=PerTensor())  # what a target's fixed scales and zero points are given for
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,31 +69,37 @@ def solve(
         reasons = "; ".join(f"{name}: {why}" for name, why in placement.skipped) or "it has no convolution or linear layer"
         raise ModelError(f"Quantize would change nothing in this model ({reasons}). Loosen keep= or include=.")
     values = _solve_values(calibration, placement, spec)
-    solved: dict[str, QParams] = {}
+    plan = Plan(spec, target.name, {}, values, {}, calibration.folds, {})
     changed: list[dict[str, Any]] = []
-    paired: dict[str, tuple[str, str]] = {}
+    partners: dict[str, set[str | None]] = {}  # a bias read beside several weights has no one scale and stays float
+    for reader in calibration.graph.nodes:
+        if reader.bias is not None:
+            partners.setdefault(reader.bias, set()).add(reader.weight)
     for name, node in placement.weights.items():
-        view = weights[name]
         if isinstance(spec.weights, Float):
             changed.append({"name": name, "scheme": spec.weights.dtype, "bits": 16})
+            plan.casts[name] = spec.weights.dtype
             continue
-        params = solve_weight(view, spec.overrides.get(node.layer, spec.weights))
+        view = weights[name]
+        params = solve_weight(view, _weight_spec(spec.weights, spec, node.layer))
         bias = biases.get(node.bias) if node.bias is not None else None
         source = values.get(node.inputs[0]) if node.inputs else None
-        if bias is not None and source is not None and node.bias is not None and node.inputs[0] in placement.values:
-            wider = fit_scale_to_bias(np.broadcast_to(params.scale, bias.shape), float(source.scale), bias)
-            scale = wider if params.axis is not None else np.float32(wider.max())
-            params = QParams(np.asarray(scale, np.float32), params.zero_point, params.spec, params.axis)
-            paired[node.bias] = (node.inputs[0], name)
-        solved[name] = params
+        if bias is not None and source is not None and node.bias is not None and len(partners[node.bias]) == 1:
+            params = _make_room(view, params, float(source.scale), bias)
+            plan.biases[node.bias] = (node.inputs[0], name)
+        plan.weights[name] = params
         changed.append(
             {"name": name, "scheme": _scheme(params), "bits": params.spec.bits, "error_db": weight_error(view, params)}
         )
     layers = sorted({node.layer for node in calibration.graph.nodes})
     patterns = (*spec.keep, *(spec.include or ()), *spec.overrides)
-    plan = Plan(spec, target.name, solved, values, paired, calibration.folds)
     skipped = tuple({"name": layer, "reason": reason} for layer, reason in placement.skipped)
     return Solved(plan, placement, tuple(changed), skipped, tuple(unmatched(layers, patterns)))
+
+
+def _weight_spec(default: Int, spec: Quantize, layer: str) -> Int:
+    """The first override that names `layer`, or the spec of all weights."""
+    return next((override for pattern, override in spec.overrides.items() if matches(layer, pattern)), default)
 
 
 def solve_weight(view: WeightView, spec: Int) -> QParams:
@@ -100,6 +108,19 @@ def solve_weight(view: WeightView, spec: Int) -> QParams:
     low, high = channel_range(np.asarray(view.array, np.float32), axis, xp=xp)
     scale, zero_point = qparams(np.asarray(low, np.float32), np.asarray(high, np.float32), spec, xp=xp)
     return QParams(np.asarray(scale, np.float32), np.asarray(zero_point, np.int32), spec, axis)
+
+
+def _make_room(view: WeightView, params: QParams, input_scale: float, bias: npt.NDArray[np.float32]) -> QParams:
+    """`params` with scales at which `bias` fits into int32.
+
+    Where the weight's channels are not the bias's (a depthwise multiplier, a grouped transposed convolution), one scale
+    serves all, so that the integer bias has one in every runtime's layout.
+    """
+    if params.axis is not None and params.scale.shape != bias.shape:
+        params = solve_weight(view, replace(params.spec, granularity=PerTensor()))
+    wider = fit_scale_to_bias(np.broadcast_to(params.scale, bias.shape), input_scale, bias)
+    scale = wider if params.axis is not None else wider.max()
+    return QParams(np.asarray(scale, np.float32), params.zero_point, params.spec, params.axis)
 
 
 def weight_codes(array: npt.NDArray[np.float32], params: QParams) -> npt.NDArray[np.int32]:
@@ -120,25 +141,28 @@ def _solve_values(calibration: Calibration, placement: Placement, spec: Quantize
     """One quantizer per group, over the union of its values' ranges."""
     if spec.activations is None:
         return {}
+    # A narrow range is for weights: the runtimes' activation codes saturate at the ends of their storage type.
+    activations = replace(spec.activations, narrow=False) if spec.activations.symmetric else spec.activations
     groups: dict[str, QParams] = {}
     for group in sorted(set(placement.values.values())):
         members = [value for value, owner in placement.values.items() if owner == group]
         if group in placement.fixed:
             scale, zero_point = placement.fixed[group]
-            groups[group] = QParams(np.asarray(scale, np.float32), np.asarray(zero_point, np.int32), spec.activations)
+            groups[group] = QParams(np.asarray(scale, np.float32), np.asarray(zero_point, np.int32), FIXED)
             continue
-        seen = [calibration.ranges[value] for value in members if value in calibration.ranges]
-        if not seen or all(item.count == 0 for item in seen):
+        seen = {v: calibration.ranges[v] for v in members if v not in placement.clipped and v in calibration.ranges}
+        seen = {value: item for value, item in seen.items() if item.count}
+        if not seen:
             raise DataError(f"No calibration data reached {members[0]!r}: its range is unknown. Calibrate with data that does.")
-        for value, item in zip(members, seen, strict=False):
+        for value, item in seen.items():
             if not item.is_finite:
                 raise DataError(
                     f"Calibration saw {item.low} to {item.high} at {value!r}: the model's own activations are not finite."
                 )
-        low = np.float32(min(item.low for item in seen if item.count))
-        high = np.float32(max(item.high for item in seen if item.count))
-        scale, zero = qparams(np.asarray(low), np.asarray(high), spec.activations, xp=xp)
-        groups[group] = QParams(np.asarray(scale, np.float32), np.asarray(zero, np.int32), spec.activations)
+        low = np.float32(min(item.low for item in seen.values()))
+        high = np.float32(max(item.high for item in seen.values()))
+        scale, zero = qparams(np.asarray(low), np.asarray(high), activations, xp=xp)
+        groups[group] = QParams(np.asarray(scale, np.float32), np.asarray(zero, np.int32), activations)
     return {value: groups[group] for value, group in placement.values.items()}
 
 

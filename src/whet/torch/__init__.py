@@ -1,9 +1,12 @@
 """The PyTorch side: the verbs of `whet.pipeline.side.Side`, and pieces for your own training loop."""
 
+from whet.torch.convert import convert
 from whet.torch.distill import soft_targets
+from whet.torch.export import export
 from whet.torch.inspect import inspect
 from whet.torch.model import copy, predict, validate
 from whet.torch.prune import Pruner, prune
+from whet.torch.quantize import quantize, simulate
 from whet.torch.store import load_model, save_model
 from whet.torch.training import train
 
@@ -12,12 +15,16 @@ FRAMEWORK = "torch"
 __all__ = [
     "FRAMEWORK",
     "Pruner",
+    "convert",
     "copy",
+    "export",
     "inspect",
     "load_model",
     "predict",
     "prune",
+    "quantize",
     "save_model",
+    "simulate",
     "soft_targets",
     "train",
     "validate",

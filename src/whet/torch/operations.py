@@ -1,0 +1,114 @@
+"""Torch functions in canonical words: which operation a call is, and which operands are its weight and bias."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from whet.torch.interception import Call
+
+Tensor = Any
+
+_CONV = {f"conv{n}d": "conv" for n in (1, 2, 3)} | {f"conv_transpose{n}d": "conv_transpose" for n in (1, 2, 3)}
+_PLAIN = {
+    "relu": "relu",
+    "relu_": "relu",
+    "relu6": "relu6",
+    "cat": "concat",
+    "concat": "concat",
+    "concatenate": "concat",
+    "max_pool1d": "max_pool",
+    "max_pool2d": "max_pool",
+    "max_pool3d": "max_pool",
+    "avg_pool1d": "avg_pool",
+    "avg_pool2d": "avg_pool",
+    "avg_pool3d": "avg_pool",
+    "softmax": "softmax",
+    "sigmoid": "sigmoid",
+    "tanh": "tanh",
+    "reshape": "reshape",
+    "view": "reshape",
+    "squeeze": "reshape",
+    "unsqueeze": "reshape",
+    "flatten": "flatten",
+    "transpose": "transpose",
+    "permute": "transpose",
+    "swapaxes": "transpose",
+    "t": "transpose",
+    "T": "transpose",
+    "mT": "transpose",
+    "clone": "identity",
+    "detach": "identity",
+    "contiguous": "identity",
+    "dropout": "identity",
+    "dropout1d": "identity",
+    "dropout2d": "identity",
+    "dropout3d": "identity",
+    "alpha_dropout": "identity",
+    "feature_dropout": "identity",
+    "feature_alpha_dropout": "identity",
+    "batch_norm": "batch_norm",
+}
+_CLAMPS = {
+    "clamp": (1, "min", 2, "max"),
+    "clamp_": (1, "min", 2, "max"),
+    "clip": (1, "min", 2, "max"),
+    "hardtanh": (1, "min_val", 2, "max_val"),
+    "clamp_min": (1, "min", 9, "max"),
+    "clamp_min_": (1, "min", 9, "max"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What a call is. weight, bias: its operands of that role; axes: (out, in) of the weight."""
+
+    op: str
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    axes: tuple[int, int | None] = (0, 1)
+
+
+def operation(call: Call, is_weight: Any) -> Operation:
+    """The canonical operation of a call; `is_weight(tensor)` tells the model's own tensors from activations.
+
+    A function without a canonical name keeps its own. So does a canonical one whose operands are not what integer kernels
+    take: `x + constant` is "add(constant)", a clamp whose lower bound is not 0 is "clamp(…)".
+    """
+    name = call.function
+    if name in _CONV:
+        transposed = _CONV[name] == "conv_transpose"
+        weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
+        return Operation(_CONV[name], weight, bias, (1, 0) if transposed else (0, 1))
+    if name == "linear":
+        return Operation("linear", call.argument(1, "weight"), call.argument(2, "bias"))
+    if name == "addmm" and is_weight(call.argument(2, "mat2")) and call.kwargs.keys() <= {"mat1", "mat2", "input"}:
+        # Hugging Face's Conv1D: torch.addmm(bias, x, weight) with a weight of shape (in, out)
+        return Operation("linear", call.argument(2, "mat2"), call.argument(0, "input"), (1, 0))
+    if name in ("matmul", "mm") and is_weight(call.argument(1, "other")) and call.argument(1, "other").ndim == 2:
+        return Operation("linear", call.argument(1, "other"), None, (1, 0))
+    if name in ("add", "add_", "mul", "mul_", "multiply"):
+        return Operation(_binary(call, "add" if name.startswith("add") else "mul", is_weight))
+    if name in _CLAMPS:
+        return Operation(_clamp(call))
+    if name == "adaptive_avg_pool2d" and call.argument(1, "output_size") in (1, (1, 1), [1, 1]):
+        return Operation("global_avg_pool")
+    return Operation(_PLAIN.get(name, name))
+
+
+def _binary(call: Call, op: str, is_weight: Any) -> str:
+    activations = [t for t in call.args[:2] if isinstance(t, torch.Tensor) and t.is_floating_point() and not is_weight(t)]
+    if len(activations) < 2 or activations[0].ndim == 0 or activations[1].ndim == 0:
+        return f"{op}(constant)"
+    return f"{op}(alpha)" if call.kwargs.get("alpha", 1) != 1 else op
+
+
+def _clamp(call: Call) -> str:
+    at_low, low_name, at_high, high_name = _CLAMPS[call.function]
+    low = call.argument(at_low, low_name, -1.0 if call.function == "hardtanh" else None)
+    high = call.argument(at_high, high_name, 1.0 if call.function == "hardtanh" else None)
+    if low != 0 or isinstance(low, torch.Tensor) or isinstance(high, torch.Tensor):
+        return f"clamp({low}, {high})" if not isinstance(low, torch.Tensor | None) else call.function
+    return "relu" if high is None else "clamp"

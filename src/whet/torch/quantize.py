@@ -1,0 +1,183 @@
+"""Post-training quantization of PyTorch models: trace, calibrate, solve; and the simulation of what the target computes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from whet.data import Batches
+from whet.errors import ModelError
+from whet.graph.placement import Plan
+from whet.graph.solve import solve, weight_codes
+from whet.numerics.affine import QParams, dequantize, fake_quantize, quantize_bias
+from whet.records import Step
+from whet.specs import Int, Quantize, Target, to_dict
+from whet.torch.fold import fold_, folded_weights
+from whet.torch.interception import Call, Interceptor, Session, map_tensors, tensors_in
+from whet.torch.model import copy
+from whet.torch.namespace import xp
+from whet.torch.trace import check_calibration, trace
+
+Tensor = Any
+Codes = npt.NDArray[np.int32]
+
+
+def quantize(
+    model: Any, spec: Quantize, target: Target, *, calibration: Batches | None, example: Any, progress: bool
+) -> tuple[Plan, Step]:
+    """Trace `model`, calibrate, place and solve; `model` is untouched.
+
+    example: a batch's inputs as `Batches` yields them, to trace with. Ranges come from `calibration` alone.
+
+    Raises:
+        DataError: activations are quantized and there is no calibration data, or it reached none or not finite values.
+        ModelError: nothing would be quantized.
+    """
+    started = time.perf_counter()
+    needed = spec.activations is not None
+    check_calibration(calibration, needed)
+    traced = trace(model, example, calibration if needed else None, progress=progress)
+    solved = solve(traced.calibration, traced.weights, traced.biases, spec, _rules(target, spec))
+    changed = tuple(_with_storage(row) for row in solved.changed)
+    listed = {row["name"] for row in solved.skipped}
+    skipped = [*solved.skipped, *({"name": n, "reason": why} for n, why in traced.skipped if n not in listed)]
+    unique = tuple({(row["name"], row["reason"]): row for row in skipped}.values())
+    step = Step(to_dict(spec), changed, unique, time.perf_counter() - started, None, solved.unmatched)
+    return solved.plan, step
+
+
+def simulate(model: Any, plan: Plan) -> Any:
+    """A copy of `model`, in inference mode, that computes in float what the target's integers will.
+
+    Batch norms are folded as planned, weights and int32 biases hold their rounded values, and every value in the plan is
+    rounded where it is produced.
+    """
+    work = copy(model).eval()
+    exact = float_weights(work, plan)
+    fold_(work, dict(plan.folds), exact)
+    tensors = plan_tensors(work, plan)
+    with torch.no_grad():
+        for name, params in plan.weights.items():
+            codes = weight_codes(exact_array(exact, tensors, name), params)
+            scale, zero_point = params.broadcast(codes.ndim)
+            tensors[name].copy_(torch.from_numpy(dequantize(codes.astype(np.float32), scale, zero_point)))
+        for name in plan.biases:
+            codes, scale = bias_codes(exact_array(exact, tensors, name), plan, name)
+            tensors[name].copy_(torch.from_numpy(codes.astype(np.float32) * scale))
+        for name, dtype in plan.casts.items():
+            tensors[name].copy_(tensors[name].to(getattr(torch, dtype)))
+    Simulator(work, plan)
+    return work
+
+
+class ValueQuantizer(Interceptor):
+    """Rounds the values of a plan where they are produced; subclasses say how."""
+
+    def __init__(self, model: Any, plan: Plan) -> None:
+        super().__init__(model, dict(plan.folds))
+        self.values = plan.values
+
+    def round(self, tensor: Tensor, params: QParams) -> Tensor:
+        """`tensor` rounded to the lattice of `params`."""
+        raise NotImplementedError
+
+    def enter(self, session: Session, args: Any, kwargs: Any) -> Any:
+        """Round the model's own inputs."""
+        index = -1
+
+        def change(tensor: Tensor) -> Tensor:
+            nonlocal index
+            if not tensor.is_floating_point():
+                return tensor
+            index += 1
+            return self._rounded(f"input:{index}", tensor)
+
+        return map_tensors(args, change), map_tensors(kwargs, change)
+
+    def after(self, session: Session, call: Call, site: str, result: Any) -> Any:
+        """Round what the call produced."""
+        if site not in self.values and f"{site}#0" not in self.values:
+            return result
+        target = call.target
+        if target is not None:
+            return self._rounded(site, target)
+        several = sum(tensor.is_floating_point() for tensor in tensors_in(result)) > 1
+        index = -1
+
+        def change(tensor: Tensor) -> Tensor:
+            nonlocal index
+            if not tensor.is_floating_point():
+                return tensor
+            index += 1
+            return self._rounded(f"{site}#{index}" if several else site, tensor)
+
+        return map_tensors(result, change)
+
+    def _rounded(self, name: str, tensor: Tensor) -> Tensor:
+        params = self.values.get(name)
+        return tensor if params is None else self.round(tensor, params)
+
+
+class Simulator(ValueQuantizer):
+    """Rounds in float arithmetic, with straight-through gradients."""
+
+    def round(self, tensor: Tensor, params: QParams) -> Tensor:
+        """`fake_quantize` in float32, returned in the tensor's own dtype."""
+        return simulated(tensor, params)
+
+
+def simulated(tensor: Tensor, params: QParams) -> Tensor:
+    """`fake_quantize` in float32, returned in the tensor's own dtype."""
+    scale, zero_point = float(params.scale), float(params.zero_point)
+    return fake_quantize(tensor.float(), scale, zero_point, params.spec, xp=xp).to(tensor.dtype)
+
+
+def float_weights(model: Any, plan: Plan) -> dict[str, Tensor]:
+    """The float32 weights and biases of the layers that a batch norm of `plan` is folded into.
+
+    Raises:
+        ModelError: the model lacks a layer of the plan.
+    """
+    try:
+        return folded_weights(model, dict(plan.folds))
+    except AttributeError as cause:
+        raise ModelError(f"This plan was made for another model: {cause}.") from cause
+
+
+def plan_tensors(model: Any, plan: Plan) -> dict[str, Tensor]:
+    """The parameters and buffers of `model` by name, checked to hold every weight of `plan`."""
+    tensors = {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    missing = [name for name in (*plan.weights, *plan.biases, *plan.casts) if name not in tensors]
+    if missing:
+        raise ModelError(f"This plan was made for another model: there is no {missing[0]!r} in this {type(model).__name__}.")
+    return tensors
+
+
+def exact_array(exact: Mapping[str, Tensor], tensors: Mapping[str, Tensor], name: str) -> npt.NDArray[np.float32]:
+    """A weight or bias as a float32 array: folded if it is, else the model's own."""
+    array: npt.NDArray[np.float32] = exact.get(name, tensors[name]).detach().float().cpu().numpy()
+    return array
+
+
+def bias_codes(bias: npt.NDArray[np.float32], plan: Plan, name: str) -> tuple[Codes, npt.NDArray[np.float32]]:
+    """The int32 codes of a bias, and their scale: of its input times that of its weight."""
+    value, weight = plan.biases[name]
+    scale = np.asarray(plan.values[value].scale * plan.weights[weight].scale, np.float32)
+    return quantize_bias(bias, plan.values[value].scale, plan.weights[weight].scale), scale
+
+
+def _rules(target: Target, spec: Quantize) -> Target:
+    """With symmetric activations a ReLU is no part of the rounding (half of the codes lie below zero): it stands alone."""
+    symmetric = isinstance(spec.activations, Int) and spec.activations.symmetric
+    return replace(target, fused=frozenset()) if symmetric and not target.signed_activations else target
+
+
+def _with_storage(row: dict[str, Any]) -> dict[str, Any]:
+    """Codes of fewer than 8 bits are stored in whole bytes."""
+    return {**row, "stored": "int8"} if row["bits"] < 8 else row
