@@ -1,0 +1,42 @@
+import importlib.util
+
+import pytest
+
+from whet.runtimes.targets import FRAMEWORKS, RUN, WRITE, available
+from whet.specs.target import TARGETS
+
+
+def hide(monkeypatch, *modules):
+    real = importlib.util.find_spec
+    monkeypatch.setattr("whet.runtimes.targets.find_spec", lambda name: None if name in modules else real(name))
+
+
+def test_every_target_is_known_to_every_table():
+    assert [target.name for target in available()] == list(TARGETS)
+    for target in TARGETS.values():
+        assert target.runtime in RUN and target.runtime in WRITE and target.framework in FRAMEWORKS
+
+
+def test_what_is_installed_is_ready():
+    for target in available():
+        assert target.runs and target.exports and target.install is None and str(target).endswith("ready")
+
+
+@pytest.mark.parametrize(
+    ("missing", "name", "runs", "install"),
+    [
+        (("onnxruntime",), "onnxruntime", False, "pip install 'whet[onnx]'"),
+        (("onnxscript",), "onnxruntime", True, "pip install 'whet[onnx]'"),
+        (("torch",), "onnxruntime", True, "pip install 'whet[torch]'"),
+        (("torch", "onnx"), "onnxruntime", False, "pip install 'whet[torch,onnx]'"),
+        (("ai_edge_litert",), "litert", False, "pip install 'whet[litert]'"),
+        (("tensorflow",), "litert", True, "pip install 'whet[keras]'"),
+    ],
+)
+def test_what_is_missing_names_its_extra(monkeypatch, missing, name, runs, install):
+    hide(monkeypatch, *missing)
+    target = next(target for target in available() if target.name == name)
+    assert (target.runs, target.exports, target.install) == (runs, False, install)
+    assert set(target.missing) == set(missing) and missing[0] in str(target)
+    others = [target for target in available() if target.name != name]
+    assert all(other.exports for other in others)
