@@ -5,6 +5,7 @@ A quantizer sits where a value is produced, so that every reader sees the same c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -113,8 +114,8 @@ def _attempt(graph: Graph, target: Target, spec: Quantize, refused: dict[str, st
             for value in ends[node.name]:
                 groups.fixed[groups.find(value)] = target.fixed[node.op]
     conflicts: dict[str, str] = {}
-    for node, values in _joined(graph, target, chosen, ends):
-        if not groups.unite(values):
+    for node, values, results in _joined(graph, target, chosen, ends):
+        if not groups.unite(values, results):
             conflicts[node.name] = f"on {target.name} it would force a fixed scale on other values"
     clipped = frozenset(value for chain in behind.values() for value in chain)
     names = {value: groups.find(value) for value in sorted(wanted)}
@@ -134,13 +135,16 @@ class _Groups:
             value = self._parent[value]
         return value
 
-    def unite(self, values: list[str]) -> bool:
-        """Put `values` into one group; False, and nothing is done, if some have a fixed scale that others do not."""
-        roots = list(dict.fromkeys(self.find(value) for value in values))
-        rules = {self.fixed.get(root) for root in roots}
-        if len(rules) > 1:
+    def unite(self, values: Sequence[str], results: Sequence[str] = ()) -> bool:
+        """Put `values`, and the `results` made of them, into one group.
+
+        False, and nothing is done, if some have a fixed scale that others do not; results have what their values have.
+        """
+        roots = list(dict.fromkeys(self.find(value) for value in (*values, *results)))
+        rules = {self.fixed.get(self.find(value)) for value in values}
+        if len(rules | {self.fixed[self.find(r)] for r in results if self.find(r) in self.fixed}) > 1:
             return False
-        for root in roots[1:]:
+        for root in roots[1:]:  # roots[0] is of a value, so that it bears the rule if there is one
             self._parent[root] = roots[0]
             self.fixed.pop(root, None)
         return True
@@ -175,17 +179,19 @@ def _choose(
     return _reachable(graph, target, chosen, producer, weights), weights, tuple(skipped)
 
 
-def _joined(graph: Graph, target: Target, chosen: set[str], ends: dict[str, tuple[str, ...]]) -> list[tuple[Node, list[str]]]:
-    """The chosen nodes that tie values together, and the values they tie."""
-    tied: list[tuple[Node, list[str]]] = []
+def _joined(
+    graph: Graph, target: Target, chosen: set[str], ends: dict[str, tuple[str, ...]]
+) -> list[tuple[Node, tuple[str, ...], tuple[str, ...]]]:
+    """The chosen nodes that tie values together, the values they tie, and their own results tied to these."""
+    tied: list[tuple[Node, tuple[str, ...], tuple[str, ...]]] = []
     first: dict[str, str] = {}
     for node in graph.nodes:
         if node.name not in chosen:
             continue
         if node.op in target.joined:
-            tied.append((node, [*node.inputs, *ends[node.name]]))
+            tied.append((node, node.inputs, ends[node.name]))
         if node.bias is not None and node.inputs:
-            tied.append((node, [first.setdefault(node.bias, node.inputs[0]), node.inputs[0]]))
+            tied.append((node, (first.setdefault(node.bias, node.inputs[0]), node.inputs[0]), ()))
     return tied
 
 

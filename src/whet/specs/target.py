@@ -20,7 +20,7 @@ class Target:
     quantized: further operations whose inputs and outputs are quantized (add, concat, pooling with arithmetic).
     fused: activations folded into the operation before them: the quantizer comes after.
     shared: operations that only move values: the output has the input's scale and zero point.
-    joined: operations whose inputs and output all share one range (concat on LiteRT).
+    joined: operations whose inputs and output all share one range (concat and average pooling on LiteRT).
     fixed: operations whose output has a given (scale, zero_point in the unsigned form).
     """
 
@@ -59,7 +59,7 @@ TARGETS: dict[str, Target] = {
             suffix=".tflite",
             signed_activations=True,
             quantized=frozenset({"add", "mul", "concat", "global_avg_pool", "avg_pool", "softmax", "sigmoid", "tanh"}),
-            joined=frozenset({"concat"}),
+            joined=frozenset({"concat", "avg_pool"}),
             # int8 kernels demand these: https://ai.google.dev/edge/litert/conversion/tensorflow/quantization/quantization_spec
             fixed={"softmax": (1 / 256, 0), "sigmoid": (1 / 256, 0), "tanh": (1 / 128, 128)},
         ),
