@@ -111,6 +111,12 @@ def test_masks_from_before_stay_and_count(allocation):
         side.prune(model, Prune(0.8, **allocation), masks=second)
 
 
+def test_what_is_removed_already_counts_before_weights_that_happen_to_be_zero():
+    model = matrix([[0.0, 0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0]])
+    masks, _ = side.prune(model, Prune(0.25), masks={"0.weight": np.uint8([[1, 1, 0, 1, 1, 1, 1, 1]])})
+    np.testing.assert_array_equal(masks["0.weight"], [[0, 1, 0, 1, 1, 1, 1, 1]])
+
+
 def test_masks_outside_the_spec_are_held():
     model = small()
     first, _ = side.prune(model, Prune(0.5, include=("conv",)), masks={})

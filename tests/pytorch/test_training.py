@@ -72,6 +72,22 @@ def test_the_seed_decides_everything_and_global_random_states_come_back():
     assert not same_state(first, train_once(4))
 
 
+def test_arrays_are_read_in_a_new_order_every_epoch_and_batches_in_their_own():
+    x, _ = examples(12)
+    ids = np.arange(12.0, dtype=np.float32)
+
+    def orders(data):
+        seen = []
+        loss = lambda outputs, targets: seen.append(targets.tolist()) or outputs.square().mean()  # noqa: E731
+        metric = Metric(lambda outputs, targets: np.zeros(len(targets)))
+        run_training(small(), Train(epochs=2, loss=loss), train=data, metric=metric)
+        return seen
+
+    first, second = orders(Batches((x, ids), "train", batch=12))
+    assert sorted(first) == sorted(second) == ids.tolist() and first != second != ids.tolist() != first
+    assert orders(Batches([(x, ids)], "train")) == [ids.tolist()] * 2
+
+
 class Watching(Small):
     """Notes the zeros of its weights at every forward in training mode."""
 

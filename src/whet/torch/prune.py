@@ -140,13 +140,6 @@ class Masker:
         self._removed = {name: self._fit(name, mask) for name, mask in masks.items()}
         self.hold()
 
-    def silence(self) -> None:
-        """Set the gradients of removed weights to zero, so that no optimizer gathers momentum from them."""
-        for name, removed in self._removed.items():
-            gradient = self._parameters[name].grad
-            if gradient is not None:
-                gradient.masked_fill_(removed.to(gradient.device), 0.0)
-
     def masks(self) -> Masks:
         """The masks by parameter name: 1 where kept."""
         return {name: (~removed).to(torch.uint8).cpu().numpy() for name, removed in self._removed.items()}

@@ -202,9 +202,8 @@ class _Loop:
         value = float(loss.detach())
         if math.isfinite(value):
             loss.backward()
-            self.masker.silence()
             self.optimizer.step()
-            self.masker.hold()
+            self.masker.hold()  # momentum moves removed weights too, and is undone here
         return value
 
     def _rate(self) -> float:
