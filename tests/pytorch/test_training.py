@@ -12,7 +12,7 @@ from torch_parts import Small, Tied, batches, examples, run_training, same_state
 from whet import torch as side
 from whet.data import Batches
 from whet.errors import DataError, MetricError, ModelError, SpecError
-from whet.numerics.metrics import accuracy
+from whet.numerics.metrics import ACCURACY, accuracy
 from whet.specs import Cubic, EarlyStopping, Global, Metric, Prune, Train
 from whet.torch.objective import default_loss
 
@@ -302,8 +302,9 @@ def test_errors_before_the_first_step():
     ]:
         with pytest.raises(error, match=said):
             run_training(model, spec)
-    with pytest.raises(ModelError, match="device 'nowhere' cannot be used"):
-        run_training(model, Train(epochs=1), device="nowhere")
+    for device in ("nowhere", "meta"):
+        with pytest.raises(ModelError, match=f"device '{device}' cannot be used"):
+            run_training(model, Train(epochs=1), device=device)
     assert same_state(state_of(model), before)
 
 
@@ -382,6 +383,8 @@ def test_dict_batches_and_dict_outputs():
     model = seeded(Named)
     _, step = run_training(model, Train(epochs=6, learning_rate=0.01), train=data, val=data)
     assert step.train["metric"] == "accuracy" and step.train["history"][-1]["metric"] > 0.9
+    _, step = run_training(model, Train(epochs=1), train=data, val=data, metric=ACCURACY)
+    assert step.train["history"][-1]["metric"] > 0.9
 
 
 def test_regression_uses_the_squared_error():

@@ -231,8 +231,8 @@ def on_device(model: Any, device: str | None) -> Iterator[Any]:
         return
     try:
         there = torch.device(device)
-        torch.empty(0, device=there)
-    except (RuntimeError, AssertionError) as cause:
+        torch.empty(0, device=there).cpu()  # fails where nothing can be computed, as on "meta"
+    except (RuntimeError, AssertionError, NotImplementedError) as cause:
         raise ModelError(f"The device {device!r} cannot be used: {str(cause).splitlines()[0]}. Try device='cpu'.") from cause
     model.to(there)
     try:

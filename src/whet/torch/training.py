@@ -16,7 +16,7 @@ import torch
 from whet.data import Batches
 from whet.errors import DataError, ModelError
 from whet.graph.views import Masks
-from whet.numerics.metrics import default_metric
+from whet.numerics.metrics import accuracy, default_metric, mean_squared_error
 from whet.numerics.schedules import Ramp, lay
 from whet.numerics.scoring import mean_score
 from whet.numerics.stopping import Decision, StoppingState, update
@@ -76,7 +76,7 @@ class _Judge:
     def __init__(self, model: Any, val: Batches | None, metric: Metric | None, device: Any) -> None:
         self._model, self._val, self._metric, self._device = model, val, metric, device
         self.notes: list[str] = []
-        self._is_default = metric is None
+        self._is_default = metric is None or metric.fn in (accuracy, mean_squared_error)  # these take one array
         if val is not None and metric is None:
             targets = val.first()[1]
             if targets is None:
