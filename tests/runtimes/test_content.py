@@ -85,6 +85,31 @@ def test_stored_integers_that_are_unpacked_for_float_arithmetic_do_not_pass(tmp_
         check_integer(path, float_allowed=1)
 
 
+def test_float_biases_of_integer_operators_are_found(tmp_path):
+    """ONNX Runtime quantizes such a bias itself while loading: it computes in integers, and the file stores a float."""
+    weights = {
+        "s": np.array(0.01, np.float32),
+        "u": np.array(128, np.uint8),
+        "w": np.ones((4, 1, 3, 3), np.int8),
+        "z": np.array(0, np.int8),
+        "b": np.linspace(-1, 1, 4, dtype=np.float32),
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "u"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "s", "u"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["w", "s", "z"], ["wd"]),
+        helper.make_node("Conv", ["xd", "wd", "b"], ["c"], name="conv"),
+        helper.make_node("QuantizeLinear", ["c", "s", "u"], ["cq"]),
+        helper.make_node("DequantizeLinear", ["cq", "s", "u"], ["y"]),
+    ]
+    shapes = (("x", ["n", 1, 8, 8]), ("y", ["n", 4, 6, 6]))
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes]
+    path = save(tmp_path / "bias.onnx", nodes, values[:1], values[1:], weights)
+    assert read_dtypes(path)["computed"]["QLinearConv"] == {"uint8/int8": 1}
+    with pytest.raises(ExportError, match=r"biases.*int32.*'conv'.*float32 bias"):
+        check_integer(path)
+
+
 def test_products_of_two_activations_have_no_weight(tmp_path):
     nodes = [helper.make_node("MatMul", ["x", "t"], ["y"]), helper.make_node("Transpose", ["x"], ["t"])]
     values = [
@@ -155,6 +180,21 @@ def test_what_cannot_be_read(tmp_path):
             read_dtypes(tmp_path / name)
         with pytest.raises(RuntimeFileError, match=name):
             check_integer(tmp_path / name)
+
+
+def test_a_buffer_that_two_tensors_share_counts_once(tmp_path, litert):
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+
+    path = litert[1]["float"]
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(path.read_bytes(), 0))
+    tensors = model.subgraphs[0].tensors
+    kernel = next(tensor for tensor in tensors if list(tensor.shape) == [8, 3, 3, 1])
+    tensors.append(kernel)
+    builder = flatbuffers.Builder()
+    builder.Finish(model.Pack(builder), b"TFL3")
+    (tmp_path / "shared.tflite").write_bytes(builder.Output())
+    assert read_dtypes(tmp_path / "shared.tflite")["stored"] == read_dtypes(path)["stored"]
 
 
 def test_labels_of_operations():
