@@ -1,0 +1,64 @@
+"""Sparsity over steps: Zhu & Gupta's numbers, and boundaries that reach exactly the target."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from whet.errors import SpecError
+from whet.numerics.schedules import lay
+from whet.specs import Cubic, OneShot, Prune
+
+
+def test_textbook_cubic() -> None:
+    ramp = lay(Prune(0.8, schedule=Cubic(begin=0.0, end=1.0, frequency=25)), 101)
+    assert (ramp.begin, ramp.end) == (0, 100)
+    assert [ramp.sparsity(step) for step in (0, 25, 50, 75, 100)] == pytest.approx([0.0, 0.4625, 0.7, 0.7875, 0.8])
+
+
+def test_the_initial_sparsity_holds_from_the_beginning_of_the_ramp() -> None:
+    ramp = lay(Prune(0.8, schedule=Cubic(initial=0.2, begin=0.1, end=0.6, frequency=10)), 100)
+    assert [ramp.sparsity(step) for step in (0, 9, 10, 19)] == [0.0, 0.0, pytest.approx(0.2), pytest.approx(0.2)]
+    assert ramp.sparsity(20) > 0.2
+
+
+def test_one_shot_is_whole_before_the_first_step() -> None:
+    ramp = lay(Prune(0.5, schedule=OneShot()), 1)
+    assert ramp.sparsity(0) == 0.5 and ramp.is_done(0) and [ramp.renews(s) for s in range(3)] == [True, False, False]
+
+
+ramps = st.tuples(
+    st.integers(2, 400), st.integers(1, 40), st.floats(0, 0.9), st.floats(0.01, 1), st.floats(0.05, 0.99), st.floats(0, 1)
+)
+
+
+@given(ramps)
+def test_every_ramp_that_can_be_laid_reaches_its_target_before_a_step_that_runs(drawn) -> None:
+    steps, frequency, begin, end, sparsity, share = drawn
+    if end <= begin:
+        return
+    spec = Prune(sparsity, schedule=Cubic(initial=sparsity * share, begin=begin, end=end, frequency=frequency))
+    try:
+        ramp = lay(spec, steps)
+    except SpecError as error:
+        assert "cannot ramp" in str(error) and (min(round(end * steps), steps - 1) - round(begin * steps)) < frequency
+        return
+    renewals = [step for step in range(steps) if ramp.renews(step)]
+    assert renewals[0] == ramp.begin and renewals[-1] == ramp.end < steps
+    assert ramp.sparsity(renewals[-1]) == sparsity  # exactly, not nearly
+    assert all(b - a <= frequency for a, b in pairwise(renewals))
+    seen = [ramp.sparsity(step) for step in range(steps)]
+    assert all(b >= a - 1e-12 for a, b in pairwise(seen)) and seen[-1] == sparsity
+    changes = [s for s in range(1, steps) if seen[s] != seen[s - 1]]
+    assert set(changes) <= set(renewals)  # what is in force changes only when the masks do
+    assert [ramp.is_done(s) for s in range(steps)] == [s >= ramp.end for s in range(steps)]
+
+
+def test_a_ramp_longer_than_training_is_an_error_that_says_what_to_change() -> None:
+    with pytest.raises(SpecError, match=r"it has 6 of 10 training steps, and renews its masks every 10.*lower Cubic.frequency"):
+        lay(Prune(0.8, schedule=Cubic()), 10)
+    with pytest.raises(SpecError):
+        lay(Prune(0.8, schedule=Cubic()), 1)
