@@ -72,7 +72,7 @@ def _summary(model: Any, calls: list[tuple[int, Any, Any, Any]], batch: int) -> 
     made: dict[int, list[tuple[Any, Any, Any]]] = {}
     for key, args, kwargs, outputs in calls:
         made.setdefault(key, []).append((args, kwargs, outputs))
-    inside = _inside_recurrent(layers)
+    inside = _inside(layers)
     order = [key for key in made if key in layers] + [key for key in layers if key not in made]
     counted: set[int] = set()
     found, never = [], []
@@ -93,12 +93,13 @@ def _summary(model: Any, calls: list[tuple[int, Any, Any, Any]], batch: int) -> 
     return Summary((*found, *_own_row(model, counted)), tuple(never))
 
 
-def _inside_recurrent(layers: dict[int, tuple[str, Any]]) -> set[int]:
-    """The layers inside recurrent ones (cells): they belong to the recurrent layer's row."""
+def _inside(layers: dict[int, tuple[str, Any]]) -> set[int]:
+    """Layers without a row of their own: recurrent cells, and attention's softmax and dropout, which its fused form skips."""
     inside: set[int] = set()
     for _, layer in layers.values():
-        if isinstance(layer, keras.layers.RNN):
-            inside.update(id(cell) for _, cell in walk(layer))
+        if isinstance(layer, (keras.layers.RNN, *_ATTENTION)):
+            recurrent = isinstance(layer, keras.layers.RNN)
+            inside.update(id(part) for _, part in walk(layer) if recurrent or not part.weights)
     return inside
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import random
+import re
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -114,7 +116,6 @@ def _clone_layer(layer: Layer) -> Layer:
 
 def _revive(layer: Layer) -> Layer:
     """A layer or model of the same class and configuration, built like it."""
-    config = layer.get_config()
     base = ("name", "trainable", "dtype")  # what Layer.get_config adds, and a bare constructor does not take
     accepted = inspect.signature(type(layer).__init__).parameters
     named = [name for name, p in accepted.items() if p.kind is not p.VAR_KEYWORD][1:]
@@ -122,6 +123,11 @@ def _revive(layer: Layer) -> Layer:
     if own and isinstance(layer, keras.Model) and type(layer).get_config is keras.Model.get_config:
         # Keras 3.15 forgets the arguments of a model's constructor, and would silently take its defaults.
         raise ModelError(f"{type(layer).__name__} takes {', '.join(own)} and has no get_config() that returns them")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The object being serialized includes a `lambda`")
+        config = layer.get_config()
+    # The user's own functions (a lambda as activation) are taken as they are, not from their serialized form.
+    config |= {key: value for key, value in vars(layer).items() if key in config and _is_own_function(value)}
     if len(named) + 1 == len(accepted):
         config = {key: value for key, value in config.items() if key in accepted or key not in base}
     new = type(layer).from_config(config)
@@ -176,10 +182,13 @@ def custom_objects(model: Model) -> dict[str, Any]:
         if not type(layer).__module__.startswith("keras."):
             found[type(layer).__name__] = type(layer)
         for value in vars(layer).values():
-            module = str(getattr(value, "__module__", "keras."))
-            if inspect.isfunction(value) and not module.startswith("keras."):
+            if _is_own_function(value):
                 found[value.__name__] = value
-    return {name: item for name, item in found.items() if not str(getattr(item, "__module__", "")).startswith("keras.")}
+    return {name: item for name, item in found.items() if not item.__module__.startswith("keras.")}
+
+
+def _is_own_function(value: Any) -> bool:
+    return inspect.isfunction(value) and not value.__module__.startswith("keras.")
 
 
 @contextmanager
@@ -291,8 +300,11 @@ def describe(value: Any) -> str:
 
 
 def short(cause: BaseException) -> str:
-    """What another library's message says first; of a TensorFlow graph error, what failed in the graph."""
+    """What another library's message says first; of Keras and TensorFlow wrappers, what failed inside them."""
     lines = str(cause).split("\n")
     node = next((i for i, line in enumerate(lines) if "[[{{node" in line), 0)
-    text = lines[node - 1] if node else " ".join(str(cause).split("\n\n")[0].split()) or type(cause).__name__
+    paragraphs = [lines[node - 1]] if node else str(cause).split("\n\n")
+    if paragraphs[0].startswith("Exception encountered when calling") and len(paragraphs) > 1:
+        paragraphs = paragraphs[1:]
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", paragraphs[0]).split()) or type(cause).__name__
     return text if len(text) <= 400 else f"{text[:400]}…"

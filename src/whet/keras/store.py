@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 
 from whet.errors import ModelError, RuntimeFileError
 from whet.keras.model import copy, random_state_kept, short
-from whet.keras.views import walk
+from whet.keras.views import to_numpy, walk
 from whet.specs.base import import_function
 
 MODEL, WEIGHTS = "model.keras", "model.weights.h5"
@@ -20,24 +21,40 @@ MODEL, WEIGHTS = "model.keras", "model.weights.h5"
 def save_model(model: Any, folder: Path) -> dict[str, Any]:
     """Write `model` into `folder`: architecture and weights as model.keras, which holds no code.
 
-    A model with Lambda layers or with custom classes that are not registered cannot be rebuilt from such a file: then
-    its weights alone are written, and loading needs the code. The result is plain: `{"file", "class": "module:name",
-    "layers": the names of all layers in walking order, "needs_model": the reason or None}`.
+    What cannot be rebuilt from such a file (Lambda layers, custom classes that are not registered, a layer shared across
+    nested models) is written as weights alone, and loading needs the code; the file is read back to find out. The result
+    is plain: `{"file", "class": "module:name", "layers": the names of all layers in walking order, "needs_model": the
+    reason or None}`.
 
     Raises:
         ModelError: Keras cannot write the model.
     """
     reason = _unbuildable(model)
-    file = MODEL if reason is None else WEIGHTS
     try:
         if reason is None:
             model.save(folder / MODEL)
-        else:
+            reason = _differs(model, folder / MODEL)
+        if reason is not None:
+            (folder / MODEL).unlink(missing_ok=True)
             model.save_weights(folder / WEIGHTS)
     except (TypeError, ValueError, NotImplementedError) as cause:
         raise ModelError(f"The model {model.name!r} cannot be saved: {short(cause)}") from cause
     names = [layer.name for _, layer in walk(model)]
-    return {"file": file, "class": _class(model), "name": model.name, "layers": names, "needs_model": reason}
+    file = MODEL if reason is None else WEIGHTS
+    return {"file": file, "class": _class(model), "layers": names, "needs_model": reason}
+
+
+def _differs(model: Any, file: Path) -> str | None:
+    """Why what Keras rebuilds from `file` is not `model`; None if it is."""
+    try:
+        with random_state_kept():
+            again = keras.saving.load_model(file, compile=False, safe_mode=True)
+    except (TypeError, ValueError, ImportError) as cause:
+        return f"Keras cannot rebuild it from a file ({short(cause).rstrip('.')})"
+    old, new = ([to_numpy(weight) for weight in made.weights] for made in (model, again))
+    if len(old) != len(new) or not all(np.array_equal(a, b) for a, b in zip(old, new, strict=True)):
+        return "Keras rebuilds it from a file with other weights"
+    return None
 
 
 def _unbuildable(model: Any) -> str | None:
@@ -75,6 +92,8 @@ def load_model(folder: Path, kept: dict[str, Any], model: Any) -> Any:
     file = folder / kept["file"]
     if not file.is_file():
         raise RuntimeFileError(f"Cannot read the model {str(file)!r}: there is no such file.")
+    if file.suffix == ".keras" and not zipfile.is_zipfile(file):
+        raise RuntimeFileError(f"Cannot read the model {str(file)!r}: it is damaged, or no .keras file.")
     if model is None:
         loaded = _rebuild(file, kept)
     else:

@@ -196,7 +196,8 @@ class _Loop:
         self._finish(state, judge)
         ran = len(self.history)
         reason = decision.reason if decision.stop else f"ran all {ran} epochs"
-        return {"reason": reason, "best_epoch": state.best_epoch, "epochs": ran}
+        best_epoch = None if state.best_epoch is None else state.best_epoch + 1  # counted from 1, as in the history
+        return {"reason": reason, "best_epoch": best_epoch, "epochs": ran}
 
     def _is_eligible(self) -> bool:
         """Whether a step was taken at the final sparsity."""

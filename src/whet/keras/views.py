@@ -39,8 +39,8 @@ class Kernel:
     in_axis: int | None
 
     def view(self) -> WeightView:
-        """Its present values as a NumPy view."""
-        return WeightView(self.name, self.layer, to_numpy(self.variable), self.out_axis, self.in_axis)
+        """A copy of its present values as a NumPy array."""
+        return WeightView(self.name, self.layer, np.array(to_numpy(self.variable)), self.out_axis, self.in_axis)
 
 
 def to_numpy(tensor: Any) -> np.ndarray[Any, Any]:
