@@ -1,10 +1,13 @@
 """The Keras 3 side: the verbs of `whet.pipeline.side.Side`, and pieces for your own training loop."""
 
 from whet.keras.callbacks import PruningCallback
+from whet.keras.convert import convert
 from whet.keras.distill import soft_targets
+from whet.keras.export import export
 from whet.keras.inspect import inspect
 from whet.keras.model import copy, predict, validate
 from whet.keras.prune import Pruner, prune
+from whet.keras.quantize import FakeQuantize, quantize, simulate
 from whet.keras.store import load_model, save_model
 from whet.keras.training import train
 
@@ -12,14 +15,19 @@ FRAMEWORK = "keras"
 
 __all__ = [
     "FRAMEWORK",
+    "FakeQuantize",
     "Pruner",
     "PruningCallback",
+    "convert",
     "copy",
+    "export",
     "inspect",
     "load_model",
     "predict",
     "prune",
+    "quantize",
     "save_model",
+    "simulate",
     "soft_targets",
     "train",
     "validate",

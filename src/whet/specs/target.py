@@ -49,6 +49,7 @@ TARGETS: dict[str, Target] = {
             extra="onnx",
             suffix=".onnx",
             signed_activations=False,
+            compute=COMPUTE - {"conv_transpose"},  # ONNX Runtime has no integer kernel for it
             quantized=frozenset({"add", "mul", "concat", "global_avg_pool", "avg_pool"}),
         ),
         Target(
@@ -58,7 +59,8 @@ TARGETS: dict[str, Target] = {
             extra="litert",
             suffix=".tflite",
             signed_activations=True,
-            quantized=frozenset({"add", "mul", "concat", "global_avg_pool", "avg_pool", "softmax", "sigmoid", "tanh"}),
+            quantized=frozenset({"add", "mul", "concat", "global_avg_pool", "softmax", "sigmoid", "tanh"}),
+            shared=SHARED | {"avg_pool", "pad"},  # its kernels take one scale for input and output
             joined=frozenset({"concat", "avg_pool"}),
             # int8 kernels demand these: https://ai.google.dev/edge/litert/conversion/tensorflow/quantization/quantization_spec
             fixed={"softmax": (1 / 256, 0), "sigmoid": (1 / 256, 0), "tanh": (1 / 128, 128)},

@@ -1,0 +1,245 @@
+"""A Keras model as a flat list of calls, and back: the one file that knows Keras' private graph names.
+
+`record` copies a model and lists its calls in execution order, nested models opened up. Nothing of the user's model is
+called or changed. `assemble` makes a Functional model of such a list, with what the caller inserts behind any value.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import keras
+
+from whet.errors import ModelError
+from whet.graph.nodes import Graph, Node
+from whet.keras.model import copy, short
+from whet.keras.views import Kernel, kernels, unique, walk
+
+Layer = Any
+Model = Any
+Tensor = Any
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A value of the graph, in the place of a tensor. shape holds None where it is dynamic."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it is one of the values that the graph follows."""
+        return "float" in self.dtype
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One call: `operation(*args, **kwargs)`, with a `Ref` for every tensor; `outputs` likewise in their structure."""
+
+    node: Node
+    operation: Layer
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: Any
+
+    @property
+    def inputs(self) -> list[Ref]:
+        """All tensors that it reads, in order."""
+        return refs((self.args, self.kwargs))
+
+
+@dataclass(slots=True, eq=False)
+class Program:
+    """A model as calls. inputs and outputs are in the model's own structure. kernels: of the copied layers, by name;
+    biases: bias name -> variable. folds: (batch norm, convolution) pairs that were folded."""
+
+    name: str
+    calls: list[Call]
+    inputs: Any
+    outputs: Any
+    input_names: list[str]
+    kernels: dict[str, Kernel] = field(default_factory=dict)
+    biases: dict[str, Any] = field(default_factory=dict)
+    folds: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def graph(self) -> Graph:
+        """Its operations for placement."""
+        nodes = tuple(call.node for call in self.calls)
+        return Graph(nodes, names(self.inputs), tuple(ref.name for ref in refs(self.outputs)))
+
+    def values(self) -> list[Ref]:
+        """Every floating-point value, in the order in which they appear."""
+        found = refs(self.inputs) + [ref for call in self.calls for ref in refs(call.outputs)]
+        return [ref for ref in found if ref.is_float]
+
+
+# What a call does in the graph's terms: its calls in the place of the one that was recorded.
+Lower = Callable[[Call, str, "Program"], list[Call]]
+
+
+def refs(structure: Any) -> list[Ref]:
+    """The values in a structure, in order."""
+    return [leaf for leaf in keras.tree.flatten(structure) if isinstance(leaf, Ref)]
+
+
+def names(structure: Any) -> tuple[str, ...]:
+    """The names of the floating-point values in a structure."""
+    return tuple(ref.name for ref in refs(structure) if ref.is_float)
+
+
+def record(model: Model, lower: Lower, example: Any = None) -> Program:
+    """The calls of a copy of `model`, each rewritten by `lower(call, layer path, program)`.
+
+    A subclassed model is traced by calling a copy of it once on symbolic inputs shaped like `example`.
+
+    Raises:
+        ModelError: the model cannot be copied, or a subclassed one cannot be traced.
+    """
+    copied = copy(model)
+    function = _function(copied)
+    if function is None:
+        function = _traced(copied, example)
+    paths = {id(layer): path for path, layer in walk(copied)}
+    for _, layer in walk(copied):
+        if layer.compute_dtype != "float32" and "float" in layer.compute_dtype:
+            layer.dtype_policy = keras.DTypePolicy("float32")
+    inputs = [Ref(f"input:{i}", tuple(t.shape), str(t.dtype)) for i, t in enumerate(function.inputs)]
+    input_names = [str(t.name) for t in (function if _function(model) is None else _function(model)).inputs]
+    program = Program(model.name, [], keras.tree.pack_sequence_as(function._inputs_struct, inputs), None, input_names)
+    program.kernels = {kernel.name: kernel for kernel in kernels(copied)}
+    program.outputs = _visit(function, inputs, "", paths, lower, program)
+    return program
+
+
+def _function(model: Model) -> Any:
+    """The layer graph of a Functional or Sequential model or keras.Function, None where there is none."""
+    if isinstance(model, keras.Sequential):
+        return model._functional
+    return model if hasattr(model, "_nodes_by_depth") and _calls_graph(model) else None
+
+
+def _calls_graph(model: Model) -> bool:
+    """Whether calling it runs the layer graph, not a `call` of the user's own."""
+    return str(getattr(type(model).call, "__module__", "")).startswith("keras.")
+
+
+def _traced(model: Model, example: Any) -> Any:
+    """A subclassed model as a layer graph, by calling it on symbolic inputs."""
+    sentence = (
+        f"The model {model.name!r} is a subclassed model ({type(model).__name__}), and Whet needs its layer graph. Write it as "
+        "a keras.Sequential or functional keras.Model, or let its call() use only Keras layers and keras.ops, without "
+        "conditions on values."
+    )
+    if example is None:
+        raise ModelError(f"{sentence} Pass example= to have it traced.")
+    shaped = keras.tree.map_structure(lambda a: keras.Input(tuple(a.shape[1:]), dtype=str(a.dtype)), example)
+    arguments = {"training": False} if "training" in inspect.signature(model.call).parameters else {}
+    try:
+        return keras.Model(shaped, model.call(shaped, **arguments))
+    except Exception as cause:
+        raise ModelError(f"{sentence} Tracing it failed: {short(cause)}") from cause
+
+
+def _visit(function: Any, inputs: list[Ref], prefix: str, paths: dict[int, str], lower: Lower, program: Program) -> Any:
+    """Record the calls of one layer graph on `inputs`; nested graphs are visited where they are called."""
+    known: dict[int, Ref] = {id(tensor): ref for tensor, ref in zip(function.inputs, inputs, strict=True)}
+    for depth in sorted(function._nodes_by_depth, reverse=True):
+        for node in function._nodes_by_depth[depth]:
+            operation = node.operation
+            if not operation or node.is_input or any(id(t) not in known for t in node.input_tensors):
+                continue
+            args, kwargs = node.arguments.fill_in(known)
+            path = paths.get(id(operation))
+            if path is None:  # a keras.ops call, or a layer that no model lists
+                path = paths[id(operation)] = unique(f"{prefix}{operation.name}", set(paths.values()))
+            inner = _function(operation)
+            if inner is not None:
+                outputs = _visit(inner, refs((args, kwargs)), f"{path}/", paths, lower, program)
+            else:
+                outputs = _append(node, operation, args, kwargs, path, lower, program)
+            for tensor, ref in zip(node.outputs, keras.tree.flatten(outputs), strict=True):
+                known[id(tensor)] = ref
+    found = [known[id(tensor)] for tensor in function.outputs]
+    return keras.tree.pack_sequence_as(function._outputs_struct, found)
+
+
+def _append(node: Any, operation: Layer, args: Any, kwargs: Any, path: str, lower: Lower, program: Program) -> Any:
+    """Add one call, lowered; the refs of its outputs."""
+    kind = type(operation).__name__
+    shapes = [(tuple(t.shape), str(t.dtype)) for t in node.outputs]
+    made = Node(free(program, path, kind), kind, names((args, kwargs)), path, outputs=len(shapes))
+    outputs = [Ref(value, *shape) for value, shape in zip(made.values, shapes, strict=True)]
+    structure = outputs[0] if len(outputs) == 1 else outputs
+    lowered = lower(Call(made, operation, args, dict(kwargs), structure), path, program)
+    program.calls.extend(lowered)
+    return lowered[-1].outputs
+
+
+def free(program: Program, path: str, kind: str, pending: tuple[str, ...] = ()) -> str:
+    """The next free node name `path/kind:index`."""
+    used = {call.node.name for call in program.calls} | set(pending)
+    index = 0
+    while f"{path}/{kind}:{index}" in used:
+        index += 1
+    return f"{path}/{kind}:{index}"
+
+
+def renamed(call: Call, mapping: Mapping[str, Ref]) -> Call:
+    """`call` reading other values."""
+    args, kwargs = substituted((call.args, call.kwargs), mapping)
+    return replace(call, args=args, kwargs=kwargs, node=replace(call.node, inputs=names((args, kwargs))))
+
+
+def substituted(structure: Any, mapping: Mapping[str, Any]) -> Any:
+    """`structure` with the values that `mapping` names exchanged."""
+
+    def put(leaf: Any) -> Any:
+        return mapping.get(leaf.name, leaf) if isinstance(leaf, Ref) else leaf
+
+    return keras.tree.map_structure(put, structure)
+
+
+def assemble(
+    program: Program,
+    insert: Callable[[Ref, Tensor], Tensor] | None = None,
+    outputs: Callable[[dict[str, Tensor], Any], Any] | None = None,
+) -> Model:
+    """A Functional model that runs `program`, with `insert(value, tensor)` in the place of each floating-point value.
+
+    outputs: makes the model's outputs from all tensors by value name and the program's own outputs.
+    """
+    given = refs(program.inputs)
+    taken: set[str] = set()
+    layers = {id(call.operation): call for call in reversed(program.calls)}
+    for call in reversed(layers.values()):  # names must be unique in one model; nested models may repeat them
+        call.operation.name = unique(safe(call.operation.name), taken)
+    entry = [
+        keras.Input(batch_shape=ref.shape, dtype=ref.dtype, name=unique(name, taken))
+        for ref, name in zip(given, program.input_names, strict=True)
+    ]
+    tensors: dict[str, Tensor] = {}
+
+    def keep(ref: Ref, tensor: Tensor) -> None:
+        tensors[ref.name] = insert(ref, tensor) if insert is not None and ref.is_float else tensor
+
+    for ref, tensor in zip(given, entry, strict=True):
+        keep(ref, tensor)
+    for call in program.calls:
+        args, kwargs = substituted((call.args, call.kwargs), tensors)
+        for ref, tensor in zip(refs(call.outputs), keras.tree.flatten(call.operation(*args, **kwargs)), strict=True):
+            keep(ref, tensor)
+    found = substituted(program.outputs, tensors)
+    structure = keras.tree.pack_sequence_as(program.inputs, entry)
+    return keras.Model(structure, found if outputs is None else outputs(tensors, found), name=program.name)
+
+
+def safe(name: str) -> str:
+    """`name` without the characters that Keras and TensorFlow do not take in names."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
