@@ -73,7 +73,7 @@ def noise(latency: Latency) -> str | None:
     if latency.cpu_per_wall < BUSY:
         return (
             f"the machine was busy while timing: this process got {100 * latency.cpu_per_wall:.0f} % of one core, so the "
-            "times are too long; measure again on a quiet machine"
+            "times may be too long; measure again on a quiet machine"
         )
     if latency.p90 > SPREAD * latency.p50:
         return (
