@@ -97,6 +97,8 @@ class Converter(ValueQuantizer):
         """Run the call; a clamp that the rounding behind it does anyway is left out."""
         if site in self.values and _rounding_clamps(call, self.values[site]):
             return call.argument(0, "input")
+        if torch.compiler.is_exporting():
+            return _for_kernels(call)
         return call()
 
     def round(self, tensor: Tensor, params: QParams) -> Tensor:
@@ -127,6 +129,19 @@ class Converter(ValueQuantizer):
         return super()._rounded(name, tensor)
 
 
+def _for_kernels(call: Call) -> Any:
+    """The call as ONNX operators that have integer kernels: linear layers in two dimensions, global pools with a size."""
+    x = call.argument(0, "input")
+    if call.function == "linear" and x.ndim > 2:
+        weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
+        flat = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        return flat.reshape(-1, *x.shape[1:-1], weight.shape[0])
+    if call.function == "adaptive_avg_pool2d" and call.argument(1, "output_size") in (1, (1, 1), [1, 1]):
+        if all(isinstance(size, int) for size in x.shape[-2:]):
+            return torch.nn.functional.avg_pool2d(x, tuple(x.shape[-2:]))
+    return call()
+
+
 def as_dtype(tensor: Tensor, dtype: Any) -> Tensor:
     """`tensor` as `dtype`; no call at all where it has it (a trace would keep an assertion)."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
@@ -134,7 +149,7 @@ def as_dtype(tensor: Tensor, dtype: Any) -> Tensor:
 
 def _rounding_clamps(call: Call, params: QParams) -> bool:
     """Whether `round(clamp(x)) == round(x)` for this clamp from zero: the codes end where the clamp does."""
-    if params.spec.bits != 8 or int(params.zero_point) != params.spec.qmin:
+    if int(params.zero_point) != params.spec.qmin:
         return False
     if call.function in ("relu", "relu_"):
         return True

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from whet.errors import require
+from whet.torch.onnx_codes import let_codes_flow
 
 OnnxModel = Any
+_PAIRS = ("QuantizeLinear", "DequantizeLinear")
 
 
 def tidy(model: OnnxModel, version: str) -> None:
@@ -20,10 +23,13 @@ def tidy(model: OnnxModel, version: str) -> None:
     graph = model.graph
     _strip_metadata(model)
     _drop_default_attributes(model)
+    _share_constants(graph)
+    let_codes_flow(graph)
     _settle_zero_points(graph)
     _share_constants(graph)
     _drop_unused_initializers(graph)
     _name_scales(graph)
+    _shorten_names(graph)
     model.producer_name, model.producer_version = "whet", version
     used = {node.domain for node in _nodes(graph)}
     for opset in [opset for opset in model.opset_import if opset.domain not in used and opset.domain]:
@@ -82,7 +88,7 @@ def _drop_default_attributes(model: OnnxModel) -> None:
             is_zeros = attribute.name == "pads" and node.op_type in ("Conv", "ConvTranspose") and set(given) == {0}
             if is_default or is_ones or is_zeros:
                 node.attribute.remove(attribute)
-        per_tensor = node.op_type in ("QuantizeLinear", "DequantizeLinear") and _is_scalar(model.graph, node.input[1])
+        per_tensor = node.op_type in _PAIRS and _is_scalar(model.graph, node.input[1])
         for attribute in [a for a in node.attribute if per_tensor and a.name == "axis"]:
             node.attribute.remove(attribute)
 
@@ -140,13 +146,27 @@ def _name_scales(graph: Any) -> None:
     constants = {item.name for item in graph.initializer}
     renamed: dict[str, str] = {}
     for node in _nodes(graph):
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+        if node.op_type not in _PAIRS:
             continue
         for name, role in zip(node.input[1:], ("scale", "zero_point"), strict=False):
             new = f"{node.input[0]}_{role}"
             if name in constants and name not in renamed and new not in taken and name.startswith("val_"):
                 renamed[name] = new
                 taken.add(new)
+    _rename(graph, renamed)
+
+
+def _shorten_names(graph: Any) -> None:
+    """Numbers for what lies between a quantize and its reader; the values of operations keep their names."""
+    kept = {item.name for item in (*graph.input, *graph.output, *graph.initializer)}
+    kept |= {name for node in _nodes(graph) if node.op_type not in _PAIRS for name in node.output}
+    renamed: dict[str, str] = {}
+    for node in _nodes(graph):
+        if node.op_type in _PAIRS and node.output[0] not in kept:
+            renamed[node.output[0]] = next(str(i) for i in itertools.count(len(renamed)) if str(i) not in kept)
+    for node in _nodes(graph):
+        for index, name in enumerate(node.output):
+            node.output[index] = renamed.get(name, name)
     _rename(graph, renamed)
 
 
