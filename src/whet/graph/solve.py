@@ -71,10 +71,7 @@ def solve(
     values = _solve_values(calibration, placement, spec)
     plan = Plan(spec, target.name, {}, values, {}, calibration.folds, {})
     changed: list[dict[str, Any]] = []
-    partners: dict[str, set[str | None]] = {}  # a bias read beside several weights has no one scale and stays float
-    for reader in calibration.graph.nodes:
-        if reader.bias is not None:
-            partners.setdefault(reader.bias, set()).add(reader.weight)
+    partners = _partners(calibration.graph)
     for name, node in placement.weights.items():
         if isinstance(spec.weights, Float):
             changed.append({"name": name, "scheme": spec.weights.dtype, "bits": 16})
@@ -95,6 +92,15 @@ def solve(
     patterns = (*spec.keep, *(spec.include or ()), *spec.overrides)
     skipped = tuple({"name": layer, "reason": reason} for layer, reason in placement.skipped)
     return Solved(plan, placement, tuple(changed), skipped, tuple(unmatched(layers, patterns)))
+
+
+def _partners(graph: Graph) -> dict[str, set[str | None]]:
+    """The weights that each bias is read beside: with several it has no one scale, and stays float."""
+    partners: dict[str, set[str | None]] = {}
+    for node in graph.nodes:
+        if node.bias is not None:
+            partners.setdefault(node.bias, set()).add(node.weight)
+    return partners
 
 
 def _weight_spec(default: Int, spec: Quantize, layer: str) -> Int:
