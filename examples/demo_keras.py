@@ -21,7 +21,7 @@ RECIPE = Recipe(
     [
         Train(
             epochs=40,
-            learning_rate=2e-3,
+            learning_rate=5e-3,
             apply=[Prune(0.8, schedule=Cubic(end=0.5)), Distill([SoftTargets(temperature=4.0)])],
             early_stopping=EarlyStopping(patience=10),
         ),
@@ -52,7 +52,7 @@ def main() -> None:
     """Train the original, compress it, print before and after."""
     train, val, test = ((x[..., None], y) for x, y in digits.load())
     keras.utils.set_random_seed(0)
-    original = whet.fit(network(), Train(epochs=40, learning_rate=2e-3), train=train, val=val)
+    original = whet.fit(network(), Train(epochs=20, learning_rate=1e-2, weight_decay=0.1), train=train, val=val)
     compressed = whet.compress(
         original.model,
         train=train,

@@ -40,6 +40,7 @@ from whet.specs import (
 
 CALIBRATION_EXAMPLES = 512
 REPORT_FILES = ("report.json", "report.html")
+ROUNDING = 1e-9  # 0.97 - 0.96 is not above 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +190,7 @@ def _search(job: Job, original: Compressed, recipes: tuple[Recipe, ...], folder:
         if not tried[-1].missed:
             return tried[-1], tried
     return min(
-        tried, key=lambda candidate: (candidate.drop > job.budget.max_drop, len(candidate.missed), candidate.drop)
+        tried, key=lambda candidate: (candidate.drop > job.budget.max_drop + ROUNDING, len(candidate.missed), candidate.drop)
     ), tried
 
 
@@ -215,9 +216,9 @@ def _judge(job: Job, recipe: Recipe, made: Compressed, file: Path, original: Mea
     budget, moved = job.budget, change(original, measured, job.metric, confidence=job.budget.confidence or 0.95)
     drop, interval = moved["metric_drop"]["value"], moved["metric_drop"]["ci95"]
     missed = []
-    if drop > budget.max_drop:
+    if drop > budget.max_drop + ROUNDING:
         missed.append(f"{job.metric.name} drops by {drop:.4g}, allowed {budget.max_drop:.4g}")
-    elif budget.confidence is not None and (interval is None or interval[1] > budget.max_drop):
+    elif budget.confidence is not None and (interval is None or interval[1] > budget.max_drop + ROUNDING):
         missed.append(_unproven(job, original, measured, interval))
     before, after = original.evidence, measured.evidence
     timed = before.latency_ms is not None and after.latency_ms is not None
@@ -253,7 +254,8 @@ def _finish(job: Job, chosen: Candidate, tried: list[Candidate], baseline: Path)
     compared = parity(simulated, model.outputs)
     moved = change(original, model, job.metric)
     evidence = replace(model.evidence, placement=placement_record(made.plan))
-    late = moved["metric_drop"]["value"] > job.budget.max_drop and chosen.drop <= job.budget.max_drop
+    allowed = job.budget.max_drop + ROUNDING
+    late = moved["metric_drop"]["value"] > allowed and chosen.drop <= allowed
     warnings = (
         [f"the drop on {split} is above the {job.budget.max_drop:.4g} that held on val"] if late and split == "test" else []
     )
