@@ -29,6 +29,7 @@ from whet.keras.model import arrange, short
 from whet.keras.quantize import planned, quantized_view
 from whet.keras.tflite import Array, File, schema
 from whet.keras.tflite_integers import Find, Integers, Stored
+from whet.keras.tflite_tidy import tidy
 from whet.keras.trace import lowered
 from whet.numerics.affine import QParams
 from whet.specs import Target
@@ -59,7 +60,7 @@ def export(model: Model, plan: Plan | None, target: Target, path: Path, *, examp
     shapes = _shapes(program, arrange(model, example), dynamic)
     marks = _marks(program, plan)
     file = File(_float_file(program, shapes, marks, model.name))
-    file.make_reshapes_static()
+    tidy(file)
     if len(file.outputs) != len(marks):
         raise ExportError(
             f"The converter made {len(file.outputs)} outputs of {len(marks)}. Please report the model {model.name!r}."

@@ -29,18 +29,29 @@ from whet.records import Step
 from whet.specs import Int, Quantize, Target
 from whet.specs.base import to_dict
 
+TIE = 1e-4  # what float arithmetic may take from a mean that is half a code
+
 
 @keras.saving.register_keras_serializable(package="whet")
 class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
     """What an integer tensor holds, in float: `scale * (clip(round(x / scale) + zero_point) - zero_point)`.
 
-    Per tensor, with the straight-through gradient. bits, symmetric and narrow are those of `Int`.
+    Per tensor, with the straight-through gradient. bits, symmetric and narrow are those of `Int`. `away=True` rounds halves
+    of the signed codes away from zero, as LiteRT's average pooling does.
     """
 
     def __init__(
-        self, scale: float, zero_point: int, bits: int = 8, symmetric: bool = False, narrow: bool | None = None, **kwargs: Any
+        self,
+        scale: float,
+        zero_point: int,
+        bits: int = 8,
+        symmetric: bool = False,
+        narrow: bool | None = None,
+        away: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.away = bool(away)
         self.scale, self.zero_point = float(scale), int(zero_point)
         self.codes = Int(bits, symmetric=symmetric, narrow=narrow)
         self.supports_masking = True
@@ -48,7 +59,16 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
 
     def call(self, x: Tensor) -> Tensor:
         """`x`, of any shape, rounded to the codes' values."""
+        if self.away:
+            signed = x / self.scale + float(self.zero_point - self._shift)
+            rounded = ops.sign(signed) * ops.floor(ops.abs(signed) + (0.5 + TIE))
+            x = x + ops.stop_gradient((rounded - float(self.zero_point - self._shift)) * self.scale - x)
         return fake_quantize(x, self.scale, float(self.zero_point), self.codes, xp=xp)
+
+    @property
+    def _shift(self) -> int:
+        """What is taken from the codes to make them signed."""
+        return 0 if self.codes.symmetric else 2 ** (self.codes.bits - 1)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """The shape of the input."""
@@ -57,7 +77,7 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor."""
         codes = {"bits": self.codes.bits, "symmetric": self.codes.symmetric, "narrow": self.codes.narrow}
-        return {**super().get_config(), "scale": self.scale, "zero_point": self.zero_point, **codes}
+        return {**super().get_config(), "scale": self.scale, "zero_point": self.zero_point, "away": self.away, **codes}
 
 
 def quantize(
@@ -215,6 +235,8 @@ def inserter(program: Program, plan: Plan) -> Any:
         for call in program.calls
     }
 
+    averages = {call.node.name for call in program.calls if call.node.op == "avg_pool"}
+
     def insert(ref: Ref, tensor: Tensor) -> Tensor:
         params = plan.values.get(ref.name)
         if params is None or same.get(ref.name, False):
@@ -222,6 +244,7 @@ def inserter(program: Program, plan: Plan) -> Any:
         spec = params.spec
         name = f"quantize_{safe(ref.name)}"
         scale, zero_point = float(params.scale), int(params.zero_point)
-        return FakeQuantize(scale, zero_point, spec.bits, spec.symmetric, spec.narrow, name=name)(tensor)
+        away = ref.name in averages
+        return FakeQuantize(scale, zero_point, spec.bits, spec.symmetric, spec.narrow, away, name=name)(tensor)
 
     return insert

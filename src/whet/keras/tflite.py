@@ -107,20 +107,6 @@ class File:
         self.model.operatorCodes.append(made)
         return len(self.model.operatorCodes) - 1
 
-    def make_reshapes_static(self) -> None:
-        """Give a reshape whose shape is computed, but unknown in one dimension only, that shape as a constant."""
-        for operator in self.operators:
-            if self.operator_name(operator) != "RESHAPE" or len(operator.inputs) < 2:
-                continue
-            tensor = self.tensors[operator.outputs[0]]
-            signature = tensor.shape if tensor.shapeSignature is None else tensor.shapeSignature
-            if signature is None or self.constant(int(operator.inputs[1])) is not None:
-                continue
-            sizes = [int(size) for size in signature]
-            if sizes.count(-1) <= 1:
-                operator.inputs = [int(operator.inputs[0]), self.add_constant(np.asarray(sizes, np.int32))]
-                operator.builtinOptions, operator.builtinOptionsType = None, 0
-
     def to_bytes(self, input_names: list[str]) -> bytes:
         """The file: pruned of what the outputs do not need, its inputs and outputs named."""
         self._drop_unused()
@@ -133,9 +119,17 @@ class File:
         for other in model.subgraphs[1:]:
             other.name = None
         flatbuffers: Any = require("flatbuffers", EXTRA, "Writing a .tflite file")
+        self._share_vectors()
         builder = flatbuffers.Builder(1024)
         builder.Finish(model.Pack(builder), b"TFL3")
         return bytes(builder.Output())
+
+    def _share_vectors(self) -> None:
+        """Write equal scales and zero points once: those of a small file take more room than its operators."""
+        written: dict[tuple[str, bytes], int] = {}
+        for tensor in self.tensors:
+            if tensor.quantization is not None and tensor.quantization.scale is not None:
+                tensor.quantization = _SharedQuantization(self.schema, tensor.quantization, written)
 
     def _drop_unused(self) -> None:
         needed = set(self.outputs)
@@ -214,6 +208,29 @@ class _AlignedBuffer:
         self.schema.BufferStart(builder)
         self.schema.BufferAddData(builder, vector)
         return int(self.schema.BufferEnd(builder))
+
+
+class _SharedQuantization:
+    """Quantization parameters whose vectors are written once for all that have them."""
+
+    def __init__(self, generated: Any, parameters: Any, written: dict[tuple[str, bytes], int]) -> None:
+        self.schema, self.parameters, self.written = generated, parameters, written
+
+    def Pack(self, builder: Any) -> int:  # the name that the generated code calls
+        """Write them and return their offset."""
+        scale = self._vector(builder, np.asarray(self.parameters.scale, np.float32))
+        zeros = self._vector(builder, np.asarray(self.parameters.zeroPoint, np.int64))
+        self.schema.QuantizationParametersStart(builder)
+        self.schema.QuantizationParametersAddScale(builder, scale)
+        self.schema.QuantizationParametersAddZeroPoint(builder, zeros)
+        self.schema.QuantizationParametersAddQuantizedDimension(builder, self.parameters.quantizedDimension)
+        return int(self.schema.QuantizationParametersEnd(builder))
+
+    def _vector(self, builder: Any, array: Array) -> int:
+        key = (array.dtype.str, array.tobytes())
+        if key not in self.written:
+            self.written[key] = int(builder.CreateNumpyVector(array))
+        return self.written[key]
 
 
 def _key(quantization: Any) -> Any:
