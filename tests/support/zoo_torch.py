@@ -271,8 +271,8 @@ class Branching(nn.Module):
         self.unused = nn.Linear(8, 8)
 
     def forward(self, x):
-        x = F.relu(self.stem(x))
-        return self.high(x) if x.mean() > 0 else self.low(x)
+        y = F.relu(self.stem(x))
+        return self.high(y) if x.mean() > 0 else self.low(y)
 
 
 class Recurrent(nn.Module):

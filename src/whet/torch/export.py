@@ -43,7 +43,7 @@ def export(model: Any, plan: Plan | None, target: Target, path: Path, *, example
     """
     if target.suffix != ".onnx":
         raise ExportError(f"PyTorch models are written as .onnx; target {target.name!r} takes {target.suffix} files.")
-    require("onnxscript", "onnx", "Exporting to ONNX")
+    optimizer = require("onnxscript.optimizer", "onnx", "Exporting to ONNX")
     onnx = require("onnx", "onnx", "Exporting to ONNX")
     work = _ready(model, plan, target)
     inputs = _at_least_two(to_tensors(example, torch.device("cpu"), torch.float32))
@@ -51,7 +51,9 @@ def export(model: Any, plan: Plan | None, target: Target, path: Path, *, example
     _check_sites(work, plan)
     with _quietly():
         try:
-            proto = torch.onnx.export(program, dynamo=True, verbose=False, optimize=True).model_proto
+            written = torch.onnx.export(program, dynamo=True, verbose=False, optimize=False)
+            optimizer.optimize_ir(written.model, should_fold=_should_fold)
+            proto = written.model_proto
         except Exception as cause:
             raise ExportError(
                 f"{type(model).__name__} was traced, but an operation in it has no ONNX form: {_first_line(cause)}"
@@ -81,6 +83,14 @@ def _ready(model: Any, plan: Plan | None, target: Target) -> Any:
     kept = {*plan.weights, *plan.biases, *folded}
     casts = {name: dtype for name, dtype in halves.items() if name not in kept} | plan.casts
     return convert(work, replace(plan, casts=casts))
+
+
+def _should_fold(node: Any) -> bool | None:
+    """Casts of what is stored in 16 bits stay, or the file would hold 32 (None leaves it to the optimizer)."""
+    is_half = (
+        node.op_type == "Cast" and node.inputs[0].dtype is not None and node.inputs[0].dtype.name in ("FLOAT16", "BFLOAT16")
+    )
+    return False if is_half else None
 
 
 def _program(model: Any, inputs: Any, dynamic: Any) -> Any:
@@ -185,7 +195,7 @@ def _check_sites(model: Any, plan: Plan | None) -> None:
 
 def _name_values(proto: Any, model: Any, inputs: Any, dynamic: Any) -> None:
     """Inputs are called like the dict's keys or forward's arguments, outputs like the dict's keys; the batch axis `batch`."""
-    names: dict[str, str] = {}
+    names = _aliases(model)
     if isinstance(inputs, Mapping) and len(inputs) == len(proto.graph.input):
         names |= {value.name: str(key) for value, key in zip(proto.graph.input, inputs, strict=True)}
     with torch.no_grad():
@@ -196,6 +206,17 @@ def _name_values(proto: Any, model: Any, inputs: Any, dynamic: Any) -> None:
     if dynamic is None:
         first = [value.type.tensor_type.shape.dim for value in proto.graph.input]
         rename_dimensions(proto, {dims[0].dim_param: BATCH_AXIS for dims in first if dims and dims[0].dim_param})
+
+
+def _aliases(model: Any) -> dict[str, str]:
+    """The further names of tied weights -> the first: files and plans call them by one name."""
+    first: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for kind in (model.named_parameters, model.named_buffers):
+        for name, tensor in kind(remove_duplicate=False):
+            if first.setdefault(id(tensor), name) != name:
+                found[name] = first[id(tensor)]
+    return found
 
 
 def output_names(outputs: Any, prefix: str = "") -> list[str]:

@@ -45,10 +45,11 @@ def rename_dimensions(model: OnnxModel, names: dict[str, str]) -> None:
 
 
 def rename_values(model: OnnxModel, names: dict[str, str]) -> None:
-    """*In place*: give inputs and outputs other names. What else bears a new name makes way."""
+    """*In place*: give inputs, outputs and initializers other names. What else bears a new name makes way."""
     graph = model.graph
     names = {old: new for old, new in names.items() if old != new}
     taken = {name for node in _nodes(graph) for name in (*node.input, *node.output)} | {i.name for i in graph.initializer}
+    names = {old: new for old, new in names.items() if old in taken or any(old == item.name for item in graph.output)}
     full = names | {name: f"{name}_" for name in names.values() if name in taken and name not in names}
     for value in (*graph.input, *graph.output):
         value.name = full.get(value.name, value.name)
