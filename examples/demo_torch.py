@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import whet
-from whet import Cubic, Distill, EarlyStopping, Prune, Quantize, Recipe, SoftTargets, Train
+from whet import Cubic, Distill, EarlyStopping, Global, Prune, Quantize, Recipe, SoftTargets, Train
 from whet.report.console import print_report
 
 RECIPE = Recipe(
@@ -18,7 +18,7 @@ RECIPE = Recipe(
         Train(
             epochs=40,
             learning_rate=5e-3,
-            apply=[Prune(0.8, schedule=Cubic(end=0.5)), Distill([SoftTargets(temperature=4.0)])],
+            apply=[Prune(0.8, allocation=Global(), schedule=Cubic(end=0.5)), Distill([SoftTargets(temperature=4.0)])],
             early_stopping=EarlyStopping(patience=10),
         ),
         Quantize(),

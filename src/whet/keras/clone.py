@@ -157,8 +157,9 @@ def _visit(function: Any, inputs: list[Ref], prefix: str, paths: dict[int, str],
                 continue
             args, kwargs = node.arguments.fill_in(known)
             path = paths.get(id(operation))
-            if path is None:  # a keras.ops call, or a layer that no model lists
-                path = paths[id(operation)] = unique(f"{prefix}{operation.name}", set(paths.values()))
+            if path is None:  # a keras.ops call, whose own name counts all calls that this process has seen
+                kind = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(operation).__name__).lower()
+                path = paths[id(operation)] = unique(f"{prefix}{kind}", set(paths.values()))
             inner = _function(operation)
             if inner is not None:
                 outputs = _visit(inner, refs((args, kwargs)), f"{path}/", paths, lower, program)

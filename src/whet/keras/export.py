@@ -73,6 +73,9 @@ def export(model: Model, plan: Plan | None, target: Target, path: Path, *, examp
     file.output_names = _output_names(program)
     if plan is not None:
         _put_integers(file, program, plan, where)
+    for index, shape, array in zip(file.inputs, shapes, _trial(program, arrange(model, example)), strict=True):
+        sizes = zip(shape[1:], array.shape[1:], strict=True)  # the size at which the file opens, where an axis is open
+        file.tensors[index].shape = [shape[0] or 1, *(size or int(given) for size, given in sizes)]
     content = file.to_bytes(_input_names(program))
     path.write_bytes(content)
     _try(content, _trial(program, arrange(model, example)), model.name)

@@ -28,6 +28,7 @@ from whet.specs import (
     Cubic,
     Distill,
     EarlyStopping,
+    Global,
     Metric,
     Prune,
     Quantize,
@@ -142,7 +143,7 @@ def default_recipes(*, classifies: bool, has_targets: bool) -> tuple[Recipe, ...
     distill = (Distill(),) if classifies else ()
 
     def trained(sparsity: float) -> Recipe:
-        prune = Prune(sparsity, schedule=Cubic())
+        prune = Prune(sparsity, allocation=Global(), schedule=Cubic())
         return Recipe((Train(epochs=10, apply=(prune, *distill), early_stopping=EarlyStopping()), Quantize()))
 
     return (trained(0.8), trained(0.5), Recipe((Quantize(),)))

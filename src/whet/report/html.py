@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
@@ -36,6 +37,7 @@ def render_html(report: Report) -> str:
     """
     view, data = view_of(report), report.data
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["together"] = _together
     template = environment.from_string(_package_file("report.html.j2"))
     return template.render(
         view=view,
@@ -53,6 +55,12 @@ def render_html(report: Report) -> str:
     )
 
 
+def _together(text: str) -> str:
+    """`text` with its numbers kept on one line with their signs and units, and the two ends of an interval together."""
+    text = re.sub(r"(?<=[\d\]]) (?=[%×]|[kMG]?B\b|ms\b|points\b)|(?<=,) (?=-?[\d.,]+\])", "\u00a0", text)
+    return re.sub(r" (?=×\d)", "\u00a0", text)
+
+
 def _package_file(name: str) -> str:
     return (resources.files("whet.report") / "templates" / name).read_text(encoding="utf-8")
 
@@ -65,10 +73,10 @@ def _cards(data: Mapping[str, Any]) -> list[dict[str, Any]]:
         _card("file, gzipped", before["gzip_bytes"], after["gzip_bytes"], change["gzip_ratio"], words.bytes_text),
     ]
     ratio = change.get("latency_ratio")
-    if before.get("latency_ms") and after.get("latency_ms") and ratio:
+    verdict = words.latency_verdict(ratio)
+    if before.get("latency_ms") and after.get("latency_ms") and verdict:
         latencies = before["latency_ms"]["p50"], after["latency_ms"]["p50"]
         card = _card("latency, median", *latencies, ratio["value"], words.ms_text)
-        verdict = words.latency_verdict(ratio)
         cards.append({**card, "verdict": verdict, "tone": {"faster": "good", "SLOWER": "bad"}.get(verdict, "")})
     return cards
 

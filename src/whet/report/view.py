@@ -126,10 +126,11 @@ def _headline(data: Mapping[str, Any]) -> str:
         f"{before['name']} {words.score(before)} → {words.score(after)}",
     ]
     latency = change.get("latency_ratio")
-    if latency:
-        verdict = words.latency_verdict(latency)
-        told = verdict in ("faster", "SLOWER")
-        parts.append(f"{verdict}: {words.ratio_text(latency['value'])} the latency" if told else f"latency: {verdict}")
+    verdict = words.latency_verdict(latency)
+    if verdict in ("faster", "SLOWER"):
+        parts.append(f"{verdict}: {words.ratio_text(latency['value'])} the latency")
+    elif verdict:
+        parts.append(f"latency: {verdict}")
     return ", ".join(parts)
 
 
@@ -167,11 +168,8 @@ def _size_row(label: str, before: int, after: int, ratio: float) -> Row:
 def _latency_rows(before: Any, after: Any, ratio: Any) -> list[Row]:
     if not before or not after:
         return [Row("latency", "not measured", "not measured")]
-    change, tone = "", ""
-    if ratio:
-        verdict = words.latency_verdict(ratio)
-        change = f"{words.ratio_text(ratio['value'])}{words.interval(ratio, False, 3)} {verdict}"
-        tone = {"faster": "good", "SLOWER": "bad"}.get(verdict, "")
+    tone = {"faster": "good", "SLOWER": "bad"}.get(words.latency_verdict(ratio) or "", "")
+    change = words.latency_text(ratio)
     return [
         Row("latency p50", words.ms_text(before["p50"]), words.ms_text(after["p50"]), change, tone),
         Row("latency p90", words.ms_text(before["p90"]), words.ms_text(after["p90"])),
@@ -200,7 +198,7 @@ def _step(number: int, step: Mapping[str, Any]) -> StepView:
     if train:
         ended = train["stop"]
         best = "no best epoch" if ended["best_epoch"] is None else f"weights of epoch {ended['best_epoch']} kept"
-        stop = f"{ended['reason']}; {best}, {ended['epochs']} epochs run"
+        stop = "; ".join([ended["reason"], f"{best}, {ended['epochs']} epochs run", *map(str, train.get("notes") or ())])
     return StepView(number, words.spec_text(step["spec"]), outcome, stop, tuple(step.get("unmatched") or ()), train)
 
 
@@ -247,6 +245,8 @@ def _parity_text(parity: Mapping[str, Any]) -> str:
     parts = []
     if parity.get("agreement") is not None:
         parts.append(f"top-1 agreement {words.percent(parity['agreement'])}")
+    if parity.get("max_error") == 0 or (parity.get("agreement") == 1 and parity.get("sqnr_db") is None):
+        return "all outputs are equal"
     if parity.get("sqnr_db") is not None:
         parts.append(f"SQNR {parity['sqnr_db']:.1f} dB")
     if parity.get("max_error") is not None:

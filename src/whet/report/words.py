@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from whet.runtimes.comparison import OPENING
+
 _PERCENT = ("accuracy", "top1", "top-1", "top5", "top-5")
 
 
@@ -79,12 +81,23 @@ def ratio_text(ratio: float) -> str:
     return f"{significant(ratio)} ×"
 
 
-def latency_verdict(ratio: Mapping[str, Any]) -> str:
-    """`faster`, `SLOWER`, or that the interval cannot tell; without an interval the value alone decides."""
+def latency_verdict(ratio: Mapping[str, Any] | None) -> str | None:
+    """`faster`, `SLOWER`, or that nothing can be told, by the interval or, without one, the value; None if not timed.
+
+    Less than `OPENING` of difference is noise: so much may one file differ from itself, opened twice.
+    """
+    if not ratio or ratio.get("value") is None:
+        return None
     low, high = ratio["ci95"] if ratio.get("ci95") is not None else (ratio["value"], ratio["value"])
-    if high < 1:
+    if high < 1 - OPENING:
         return "faster"
-    return "SLOWER" if low > 1 else "no difference beyond the noise"
+    return "SLOWER" if low > 1 + OPENING else "no difference beyond the noise"
+
+
+def latency_text(ratio: Mapping[str, Any] | None) -> str:
+    """`1.29 × [1.21, 1.33] SLOWER`, or nothing if it was not timed."""
+    verdict = latency_verdict(ratio)
+    return "" if ratio is None or verdict is None else f"{ratio_text(ratio['value'])}{interval(ratio, False, 3)} {verdict}"
 
 
 def spec_text(plain: Any) -> str:
@@ -132,6 +145,8 @@ def environment_rows(environment: Any, prefix: str = "") -> list[tuple[str, str]
     for key, value in environment.items():
         if isinstance(value, Mapping):
             rows.extend(environment_rows(value, f"{prefix}{key} · "))
+        elif key.endswith("_bytes") and isinstance(value, int):
+            rows.append((f"{prefix}{key.removesuffix('_bytes')}", bytes_text(value)))
         elif isinstance(value, list | tuple):
             rows.append((f"{prefix}{key}", ", ".join(str(item) for item in value) or "none"))
         else:
