@@ -145,7 +145,10 @@ def _markers(stop: Mapping[str, Any], epochs: list[int], x: Any) -> tuple[Marker
 
 
 def _ramp_end(history: Sequence[Mapping[str, Any]]) -> int | None:
-    """The first epoch at the final sparsity, if the sparsity rose during training."""
+    """The last epoch before patience began, if the sparsity rose during training."""
+    waiting = [int(row["epoch"]) for row in history if row.get("eligible") is False]
+    if waiting:
+        return waiting[-1]
     values = [_finite(row.get("sparsity")) or 0.0 for row in history]
     if values[-1] <= values[0] + 1e-6:
         return None

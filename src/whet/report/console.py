@@ -59,13 +59,13 @@ def evidence_table(files: Sequence[dict[str, Any]], notes: Iterable[str] = ()) -
 
     for label in dict.fromkeys(f"{e['metric']['name']} (n={e['metric']['n']:,})" for e in files):
         add(label, (words.score_with_interval(e["metric"]) for e in files))
-    add("file", (words.bytesplain_text(e["bytes"]) for e in files))
-    add("file, gzipped", (words.bytesplain_text(e["gzip_bytes"]) for e in files))
+    add("file", (words.bytes_text(e["bytes"]) for e in files))
+    add("file, gzipped", (words.bytes_text(e["gzip_bytes"]) for e in files))
     for quantile in ("p50", "p90"):
         latencies = [e.get("latency_ms") for e in files]
-        add(f"latency {quantile}", ("not measured" if it is None else words.msplain_text(it[quantile]) for it in latencies))
-    add("stored", (words.storedplain_text(e["dtypes"]) for e in files))
-    add("computed", (words.computedplain_text(e["dtypes"]) for e in files))
+        add(f"latency {quantile}", ("not measured" if it is None else words.ms_text(it[quantile]) for it in latencies))
+    add("stored", (words.stored_text(e["dtypes"]) for e in files))
+    add("computed", (words.computed_text(e["dtypes"]) for e in files))
     add("runtime", (f"{e['runtime']['name']} {e['runtime']['version']}" for e in files))
     return table
 
