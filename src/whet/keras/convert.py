@@ -68,11 +68,10 @@ def _holder(program: Program, name: str) -> Layer:
 def _exchange(layer: Layer, attribute: str, codes: Any, scale: npt.NDArray[np.float32] | None) -> None:
     """Replace a float variable of `layer` by `codes`, times `scale` where one is given; Keras' own private steps."""
     old = getattr(layer, attribute)
+    layer._untrack_variable(old)
     for private in (f"_{attribute}", attribute):
-        if private in vars(layer):
-            delattr(layer, private)
-    if any(old is variable for variable in layer.weights):
-        layer._untrack_variable(old)
+        if layer.__dict__.pop(private, None) is not None and hasattr(layer, "_delete_tracking"):
+            layer._delete_tracking(private)  # TensorFlow's own record; Keras' delattr would collect garbage each time
     layer._tracker.unlock()
     stored = _variable(layer, f"{attribute}_codes", codes)
     factor = None if scale is None else _variable(layer, f"{attribute}_scale", scale)
