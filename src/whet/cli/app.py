@@ -111,8 +111,9 @@ def compress(
 
         limits = {name: _amount(value) for name, value in (("size", size), ("gzip", gzip), ("latency", latency))}
         budget = Budget(max_drop, confidence=confidence, **limits)
+        chosen = _overrides(metric, recipe)
         with _job_inputs(model, {"train": train, "val": val, "test": test}) as inputs:
-            inputs |= _overrides(metric, recipe)
+            inputs |= chosen
             compressed = run(
                 budget=budget,
                 target=target,
@@ -128,7 +129,9 @@ def compress(
 
             print_report(compressed.report)
             typer.echo(f"Written: {', '.join(str(path) for path in _written(out, compressed.report.data))}")
-        if not compressed.report.data["budget"]["met"]:
+        budget_record = compressed.report.data["budget"]
+        if not budget_record["met"]:
+            typer.echo(f"Budget missed: {'; '.join(budget_record['missed'])}.", err=True)
             raise typer.Exit(BUDGET_MISSED)
 
 
@@ -172,7 +175,8 @@ def measure(
 ) -> None:
     """Run exported files on data, side by side.
 
-    It shows the metric, bytes, latency, and the types that each file stores and computes in. Several files are timed in alternation and compared with the first.
+    It shows the metric, bytes, latency, and the types that each file stores and computes in. Several files are timed in
+    alternation and compared with the first.
 
     \b
     whet measure out/model.onnx --data val.npz

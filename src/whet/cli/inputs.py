@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from whet.specs import Recipe
 _PAIRS = (("x", "y"), ("inputs", "targets"))
 _TARGETS = ("y", "targets", "labels")
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin")
+_WRITE = "Write it with numpy.savez(path, x=inputs, y=targets), arrays of numbers."
 _JOB = "Write a job.py whose model() builds the model and loads its weights, and give that: see whet compress --help."
 
 
@@ -28,26 +30,22 @@ def read_npz(path: str | os.PathLike[str]) -> Any:
         DataError: no such file, no .npz file, no arrays in it, or arrays of Python objects (which are pickles).
     """
     path = Path(path)
+    if not path.is_file():
+        raise DataError(f"There is no data file {str(path)!r}.")
     try:
+        if not zipfile.is_zipfile(path):
+            raise DataError(f"{str(path)!r} is not an .npz file. {_WRITE}")
         with np.load(path, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
-                raise DataError(
-                    f"{str(path)!r} holds a single array; data is an .npz file: numpy.savez({path.stem!r}, x=…, y=…)."
-                )
             arrays = {name: archive[name] for name in archive.files}
     except OSError as cause:
-        if isinstance(cause, FileNotFoundError):
-            raise DataError(f"There is no data file {str(path)!r}.") from cause
         raise DataError(f"Cannot read the data file {str(path)!r}: {cause.strerror or cause}.") from cause
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as cause:
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as cause:
         if isinstance(cause, DataError):
             raise
-        raise DataError(
-            f"{str(path)!r} is not an .npz file of plain arrays ({cause}). "
-            "Write it with numpy.savez(path, x=inputs, y=targets)."
-        ) from cause
+        why = "holds arrays of Python objects, which are pickles" if "pickle" in str(cause) else f"is damaged ({cause})"
+        raise DataError(f"{str(path)!r} {why}. {_WRITE}") from cause
     if not arrays:
-        raise DataError(f"{str(path)!r} holds no arrays. Write it with numpy.savez(path, x=inputs, y=targets).")
+        raise DataError(f"{str(path)!r} holds no arrays. {_WRITE}")
     return _arrange(arrays, path)
 
 
@@ -106,10 +104,9 @@ def read_keras_model(path: str | os.PathLike[str]) -> Any:
         return keras.models.load_model(path, compile=False, safe_mode=True)
     except Exception as cause:  # Keras raises whatever its layers raise; the cause is shown and chained
         reason = str(cause).strip().split("\n")[0]
-        raise ModelError(
-            f"Keras cannot load {str(path)!r}: {reason} Custom layers must be known and Lambda layers are not run from a file: "
-            "write a job.py whose model() builds or loads the model."
-        ) from cause
+        if "safe_mode" in reason:
+            reason = "it holds a Lambda layer, whose code is not run from a file."
+        raise ModelError(f"Keras cannot load {str(path)!r}: {reason} {_JOB}") from cause
 
 
 def zeros_like_inputs(model: Any) -> Any:

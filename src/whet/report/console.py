@@ -40,7 +40,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(plain_text(note, "dim"))
 
 
-def reportplain_text(report: Report, width: int = 80) -> str:
+def report_text(report: Report, width: int = 80) -> str:
     """What `print_report` prints, as text without colour, at most `width` columns wide."""
     out = io.StringIO()
     print_report(report, Console(file=out, width=width, color_system=None, highlight=False))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -14,7 +15,26 @@ import yaml
 from whet.files import replacing
 from whet.records import Report
 from whet.report import charts, words
-from whet.report.view import View, view_of
+from whet.report.view import Layer, View, view_of
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of the table of weights; it is left out where no step said anything."""
+
+    title: str
+    value: Callable[[Layer], Any]
+    text: Callable[[Any], str] = str
+    numeric: bool = True
+
+
+COLUMNS = (
+    Column("parameters", lambda layer: layer.parameters, "{:,}".format),
+    Column("sparsity", lambda layer: layer.sparsity, words.percent),
+    Column("bits", lambda layer: layer.bits),
+    Column("scheme", lambda layer: layer.scheme, numeric=False),
+    Column("SQNR, dB", lambda layer: layer.error_db, "{:.1f}".format),
+)
 
 
 def write_html(report: Report, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -45,6 +65,7 @@ def render_html(report: Report) -> str:
         style=_package_file("report.css"),
         script=_package_file("report.js"),
         cards=_cards(data),
+        columns=[column for column in COLUMNS if any(column.value(layer) is not None for layer in view.layers)],
         whiskers=charts.whiskers([data["original"]["metric"], data["compressed"]["metric"]]),
         trainings=[(step, charts.training_panels(step.train)) for step in view.steps if step.train],
         skipped=_by_reason(view),

@@ -186,8 +186,8 @@ def _sides(estimate: Mapping[str, Any], neutral: float) -> tuple[bool, bool]:
 
 def _warnings(data: Mapping[str, Any]) -> tuple[str, ...]:
     found = [*(data.get("warnings") or ())]
-    for which in ("original", "compressed"):
-        found += data[which].get("warnings") or ()
+    found += data["compressed"].get("warnings") or ()
+    found += [f"the original: {warning}" for warning in data["original"].get("warnings") or ()]
     return tuple(dict.fromkeys(map(str, found)))
 
 

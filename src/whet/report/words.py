@@ -30,7 +30,8 @@ def significant(value: float, digits: int = 3) -> str:
         return str(value)
     if value == 0:
         return "0"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    exponent = int(f"{value:.{digits - 1}e}".split("e")[1])  # of the rounded value: 0.9996 is 1.00
+    decimals = max(0, digits - 1 - exponent)
     return f"{value:.2e}" if decimals > 6 else f"{value:,.{decimals}f}"
 
 
