@@ -1,5 +1,6 @@
 """ONNX files from PyTorch models: executed by ONNX Runtime, read back byte by byte."""
 
+import dataclasses
 import logging
 import warnings
 
@@ -199,6 +200,60 @@ def test_inputs_and_outputs_have_names_that_help(tmp_path):
     graph = onnx.load(str(path)).graph
     assert [item.name for item in graph.input] == ["left", "right"]
     assert [item.name for item in graph.output] == ["logits", "embeddings_0", "embeddings_1"]
+
+
+@dataclasses.dataclass
+class Answer:
+    """What a model returns; one field is not set."""
+
+    logits: torch.Tensor
+    hidden: torch.Tensor
+    loss: torch.Tensor | None = None
+
+
+def test_dataclass_outputs(tmp_path):
+    class Answers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            hidden = self.a(x)
+            hidden.relu_()
+            return Answer(self.b(hidden), hidden)
+
+    torch.manual_seed(0)
+    model, inputs = Answers().eval(), normal(16, 4)
+    plan, _ = quantize(model, Quantize(), ORT, calibration=Batches(inputs), example=inputs, progress=False)
+    simulated = simulate(model, plan)
+    assert isinstance(simulated(torch.from_numpy(inputs)), Answer)
+    for number, given in enumerate((None, plan)):
+        path = tmp_path / f"{number}.onnx"
+        export(model, given, ORT, path, example=inputs)
+        assert [item.name for item in onnx.load(str(path)).graph.output] == ["logits", "hidden"]
+        for mine, its in zip(leaves(predict(simulated, inputs)), run(path, inputs), strict=True):
+            assert sqnr(mine, its) > (40 if given is not None else 25)
+
+
+def test_activations_beside_relu_run_in_integers(tmp_path):
+    class Various(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Conv2d(3, 3, 1) for _ in range(4))
+
+        def forward(self, x):
+            x = torch.clamp(self.a(x), min=0)
+            x = torch.nn.functional.hardtanh(self.b(x), 0, 1)
+            x = torch.nn.functional.hardtanh(self.c(x), -1, 1)
+            return torch.nn.functional.relu6(self.d(x))
+
+    torch.manual_seed(0)
+    model, inputs = Various().eval(), normal(16, 3, 4, 4)
+    plan, _ = quantize(model, Quantize(), ORT, calibration=Batches(inputs), example=inputs, progress=False)
+    export(model, plan, ORT, tmp_path / "m.onnx", example=inputs)
+    found = operators(tmp_path / "m.onnx")
+    assert found.count("QLinearConv") == 4 and not {"Conv", "FusedConv"} & set(found)
+    assert sqnr(predict(simulate(model, plan), inputs), run(tmp_path / "m.onnx", inputs)[0]) > 40
 
 
 def test_weights_only(tmp_path):

@@ -203,3 +203,11 @@ def test_a_model_is_its_own_forward_hook_host():
     Recorder(model)
     model(torch.zeros(2, 3, 8, 8))
     assert calls == [(2, 8, 8, 8)]
+
+
+def test_a_compiled_simulation_gives_the_same_numbers():
+    model, inputs = simulated("residual")
+    x = to_tensors(inputs, "cpu")
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(torch.compile(model, backend="eager")(x), expected)

@@ -20,6 +20,7 @@ from whet.torch import decomposed
 from whet.torch.fold import fold_
 from whet.torch.interception import Call, Session
 from whet.torch.model import copy
+from whet.torch.operations import clamp_bounds
 from whet.torch.quantize import ValueQuantizer, bias_codes, exact_array, float_weights, plan_tensors, simulated
 
 Tensor = Any
@@ -149,16 +150,10 @@ def as_dtype(tensor: Tensor, dtype: Any) -> Tensor:
 
 def _rounding_clamps(call: Call, params: QParams) -> bool:
     """Whether `round(clamp(x)) == round(x)` for this clamp from zero: the codes end where the clamp does."""
-    if int(params.zero_point) != params.spec.qmin:
+    bounds = clamp_bounds(call)
+    if bounds is None or bounds[0] != 0 or int(params.zero_point) != params.spec.qmin:
         return False
-    if call.function in ("relu", "relu_"):
-        return True
-    highs = {"relu6": 6.0, "hardtanh": call.argument(2, "max_val", 1.0), "clamp": call.argument(2, "max")}
-    lows = {"relu6": 0.0, "hardtanh": call.argument(1, "min_val", -1.0), "clamp": call.argument(1, "min")}
-    low, high = lows.get(call.function), highs.get(call.function)
-    if not isinstance(low, int | float) or not isinstance(high, int | float) or low != 0:
-        return False
-    return float(params.scale) * (params.spec.qmax - params.spec.qmin) <= high * (1 + 1e-6)
+    return float(params.scale) * (params.spec.qmax - params.spec.qmin) <= bounds[1] * (1 + 1e-6)
 
 
 def _store(model: Any, old: Tensor, name: str, codes: Any, scale: Any, axis: int | None) -> Stored:

@@ -8,7 +8,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,32 @@ def _ready(model: Any, plan: Plan | None, target: Target) -> Any:
     halves = {name: str(p.dtype).removeprefix("torch.") for name, p in work.named_parameters() if p.dtype in _HALF}
     work = work.float()
     if plan is None and not halves:
+        work.register_forward_hook(_return_plain)
         return work
     plan = plan if plan is not None else Plan(Quantize(), target.name, {}, {}, {})
     folded = {f"{layer}.{name}" for _, layer in plan.folds for name in ("weight", "bias")}
     kept = {*plan.weights, *plan.biases, *folded}
     casts = {name: dtype for name, dtype in halves.items() if name not in kept} | plan.casts
-    return convert(work, replace(plan, casts=casts))
+    converted = convert(work, replace(plan, casts=casts))
+    converted.register_forward_hook(_return_plain)
+    return converted
+
+
+def _return_plain(module: Any, args: Any, outputs: Any) -> Any:
+    return _plain(outputs)
+
+
+def _plain(outputs: Any) -> Any:
+    """Dataclasses and special mappings as dicts, which torch.export knows; entries without a tensor are left out."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs
+    if is_dataclass(outputs) and not isinstance(outputs, Mapping | type):
+        outputs = {field.name: getattr(outputs, field.name) for field in fields(outputs)}
+    if isinstance(outputs, Mapping):
+        return {str(key): _plain(item) for key, item in outputs.items() if any(True for _ in tensors_in(item))}
+    if isinstance(outputs, tuple | list):
+        return tuple(_plain(item) for item in outputs if any(True for _ in tensors_in(item)))
+    return outputs
 
 
 def _should_fold(node: Any) -> bool | None:

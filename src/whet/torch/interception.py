@@ -11,6 +11,7 @@ function with floating-point operands within this call of the module; the second
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,14 +28,11 @@ _PROPERTIES = frozenset({"T", "mT", "H", "mH", "real", "data"})  # getters that 
 _INQUIRIES = frozenset({"size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "get_device", "element_size"})
 
 
-@dataclass(slots=True)
 class Call:
     """One call of one function, with the operands it will be given."""
 
-    run: Callable[..., Any]
-    function: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    def __init__(self, run: Callable[..., Any], function: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.run, self.function, self.args, self.kwargs = run, function, args, kwargs
 
     def __call__(self) -> Any:
         return self.run(*self.args, **self.kwargs)
@@ -118,6 +116,20 @@ class Session(TorchFunctionMode):  # type: ignore[misc]  # torch is Any to the t
         if function is None or not self.stack:
             return self.interceptor.inquire(self, func, args, kwargs)
         return self.interceptor.intercept(self, Call(func, function, tuple(args), dict(kwargs)))
+
+
+_uncompiled: list[type[Session]] = []
+
+
+def _session_class() -> type[Session]:
+    """`Session`, or where torch.compile may be at work, one that it runs as it is: it cannot trace what intercepts."""
+    if "torch._dynamo" not in sys.modules:
+        return Session
+    if not _uncompiled:
+        # The decorator imports torch._dynamo, which takes a second: not at import time, and not where nobody compiles.
+        as_it_is = torch.compiler.disable(Session.__torch_function__)
+        _uncompiled.append(type("Session", (Session,), {"__torch_function__": as_it_is}))
+    return _uncompiled[0]
 
 
 class Interceptor:
@@ -227,7 +239,7 @@ class _Enter:
         sessions = _sessions()
         session = sessions.get(id(self.interceptor))
         if session is None:
-            session = Session(self.interceptor)
+            session = _session_class()(self.interceptor)
             session.__enter__()
             sessions[id(self.interceptor)] = session
         session.push(self.path, module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,9 +107,24 @@ def _binary(call: Call, op: str, is_weight: Any) -> str:
 
 
 def _clamp(call: Call) -> str:
+    bounds = clamp_bounds(call)
+    if bounds is None:
+        return call.function
+    return "relu" if bounds == (0, math.inf) else "clamp" if bounds[0] == 0 else f"clamp({bounds[0]:g}, {bounds[1]:g})"
+
+
+def clamp_bounds(call: Call) -> tuple[float, float] | None:
+    """The least and greatest value that a clamp lets through; None for other functions, and for bounds that are tensors."""
+    if call.function in ("relu", "relu_"):
+        return 0, math.inf
+    if call.function == "relu6":
+        return 0, 6
+    if call.function not in _CLAMPS:
+        return None
     at_low, low_name, at_high, high_name = _CLAMPS[call.function]
-    low = call.argument(at_low, low_name, -1.0 if call.function == "hardtanh" else None)
-    high = call.argument(at_high, high_name, 1.0 if call.function == "hardtanh" else None)
-    if low != 0 or isinstance(low, torch.Tensor) or isinstance(high, torch.Tensor):
-        return f"clamp({low}, {high})" if not isinstance(low, torch.Tensor | None) else call.function
-    return "relu" if high is None else "clamp"
+    is_hardtanh = call.function == "hardtanh"
+    low = call.argument(at_low, low_name, -1.0 if is_hardtanh else None)
+    high = call.argument(at_high, high_name, 1.0 if is_hardtanh else None)
+    if isinstance(low, torch.Tensor) or isinstance(high, torch.Tensor):
+        return None
+    return -math.inf if low is None else low, math.inf if high is None else high

@@ -173,6 +173,7 @@ class Tracer(Interceptor):
         elif found.op not in ("add", "mul", "concat"):
             named = (session.parameter(t) for t in call.tensors() if isinstance(t, torch.nn.Parameter))
             weight = next((name for name in named if name is not None), None)
+            layer = path or weight or path  # a bare parameter of the model itself is named, not the model
         return Node(site, found.op, inputs, layer, weight, bias, outputs)
 
 
