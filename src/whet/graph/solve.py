@@ -73,11 +73,11 @@ def solve(
     changed: list[dict[str, Any]] = []
     partners = _partners(calibration.graph)
     for name, node in placement.weights.items():
+        view = weights[name]
         if isinstance(spec.weights, Float):
-            changed.append({"name": name, "scheme": spec.weights.dtype, "bits": 16})
+            changed.append({"name": name, "parameters": view.array.size, "scheme": spec.weights.dtype, "bits": 16})
             plan.casts[name] = spec.weights.dtype
             continue
-        view = weights[name]
         params = solve_weight(view, _weight_spec(spec.weights, spec, node.layer))
         bias = biases.get(node.bias) if node.bias is not None else None
         source = values.get(node.inputs[0]) if node.inputs else None
@@ -85,9 +85,8 @@ def solve(
             params = _make_room(view, params, float(source.scale), bias)
             plan.biases[node.bias] = (node.inputs[0], name)
         plan.weights[name] = params
-        changed.append(
-            {"name": name, "scheme": _scheme(params), "bits": params.spec.bits, "error_db": weight_error(view, params)}
-        )
+        row = {"name": name, "parameters": view.array.size, "scheme": _scheme(params), "bits": params.spec.bits}
+        changed.append(row | {"error_db": weight_error(view, params)})
     layers = sorted({node.layer for node in calibration.graph.nodes})
     patterns = (*spec.keep, *(spec.include or ()), *spec.overrides)
     skipped = tuple({"name": layer, "reason": reason} for layer, reason in placement.skipped)

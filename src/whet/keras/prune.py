@@ -145,7 +145,7 @@ class Masker:
 
     def changed(self) -> tuple[dict[str, Any], ...]:
         """A row for each masked kernel: `{"name", "sparsity"}`."""
-        rows = ({"name": name, "sparsity": int(r.sum()) / r.size} for name, r in self._removed.items())
+        rows = ({"name": name, "parameters": r.size, "sparsity": int(r.sum()) / r.size} for name, r in self._removed.items())
         return tuple(row for row in rows if row["sparsity"] > 0)
 
     @property

@@ -146,7 +146,9 @@ class Masker:
 
     def changed(self) -> tuple[dict[str, Any], ...]:
         """A row for each masked weight: `{"name", "sparsity"}`."""
-        rows = ({"name": name, "sparsity": int(r.sum()) / r.numel()} for name, r in self._removed.items())
+        rows = (
+            {"name": name, "parameters": r.numel(), "sparsity": int(r.sum()) / r.numel()} for name, r in self._removed.items()
+        )
         return tuple(row for row in rows if row["sparsity"] > 0)
 
     @property
