@@ -173,7 +173,7 @@ class Tracer(Interceptor):
         elif found.op not in ("add", "mul", "concat"):
             named = (session.parameter(t) for t in call.tensors() if isinstance(t, torch.nn.Parameter))
             weight = next((name for name in named if name is not None), None)
-            layer = path or weight or path  # a bare parameter of the model itself is named, not the model
+            layer = path or weight or ""  # a bare parameter of the model itself is named, not the model
         return Node(site, found.op, inputs, layer, weight, bias, outputs)
 
 
@@ -201,9 +201,9 @@ def _collect(model: Any, tracer: Tracer, folds: dict[str, str], folded: FoldedWe
 def _never_run(model: Any, seen: set[str], folds: Mapping[str, str]) -> list[tuple[str, str]]:
     """Layers none of whose own parameters any call read."""
     idle = []
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
     for path, module in model.named_modules():
         own = [f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)]
-        known = {id(parameter): name for name, parameter in model.named_parameters()}
         names = [known.get(id(parameter), "") for _, parameter in module.named_parameters(recurse=False)]
         if own and path not in folds and not any(name in seen for name in names):
             idle.append((path, "never run by the example or the calibration data"))
