@@ -286,7 +286,7 @@ def test_casting_weights(dtype):
     model, inputs = CASES["demo"]()
     plan, step = solve(model, inputs, Quantize(Float(dtype), None), calibration=None)
     assert plan.casts == dict.fromkeys(("conv1.weight", "conv2.weight", "fc1.weight", "fc2.weight"), dtype)
-    assert step.changed[0] == {"name": "conv1.weight", "scheme": dtype, "bits": 16}
+    assert step.changed[0].items() >= {"name": "conv1.weight", "scheme": dtype, "bits": 16}.items()
     simulated, converted = simulate(model, plan), convert(model, plan)
     kind = getattr(torch, dtype)
     assert torch.equal(simulated.fc1.weight, model.fc1.weight.to(kind).float())
