@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import sysconfig
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,8 +112,9 @@ def _is_theirs(file: Path, job: Path) -> bool:
     file, folder = file.resolve(), job.resolve().parent
     if file == job.resolve():
         return True
+    installed = (Path(__file__).resolve().parents[1], Path(sysconfig.get_path("stdlib")).resolve())
     inside = file.is_relative_to(folder) and "site-packages" not in file.parts
-    return inside and not file.is_relative_to(Path(__file__).resolve().parents[1])
+    return inside and not any(file.is_relative_to(place) for place in installed)
 
 
 def _shown(file: Path, job: Path) -> str:
