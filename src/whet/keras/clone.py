@@ -80,6 +80,15 @@ class Program:
         return [ref for ref in found if ref.is_float]
 
 
+class _Wide(keras.DTypePolicy):  # type: ignore[misc]
+    """Compute in float32 on variables of `name`, which a layer casts when it reads them."""
+
+    @property
+    def compute_dtype(self) -> str:
+        """What layers compute in."""
+        return "float32"
+
+
 # What a call does in the graph's terms: its calls in the place of the one that was recorded.
 Lower = Callable[[Call, str, "Program"], list[Call]]
 
@@ -109,7 +118,8 @@ def record(model: Model, lower: Lower, example: Any = None) -> Program:
     paths = {id(layer): path for path, layer in walk(copied)}
     for _, layer in walk(copied):
         if layer.compute_dtype != "float32" and "float" in layer.compute_dtype:
-            layer.dtype_policy = keras.DTypePolicy("float32")
+            stored = layer.variable_dtype
+            layer.dtype_policy = keras.DTypePolicy("float32") if stored == "float32" else _Wide(stored)
     inputs = [Ref(f"input:{i}", tuple(t.shape), str(t.dtype)) for i, t in enumerate(function.inputs)]
     input_names = [str(t.name) for t in (function if _function(model) is None else _function(model)).inputs]
     program = Program(model.name, [], keras.tree.pack_sequence_as(function._inputs_struct, inputs), None, input_names)

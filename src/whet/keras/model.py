@@ -235,7 +235,9 @@ def _compiled(reference: Callable[[], Model]) -> Callable[[Any], Any]:
         def call(inputs: Any) -> Any:
             return reference()(inputs, training=False)
 
-        return tf.function(call, reduce_retracing=True)  # type: ignore[no-any-return]
+        function = tf.function(call, reduce_retracing=True)
+        function._omit_frequent_tracing_warning = True  # many models are run, each traced once: not what it warns of
+        return function  # type: ignore[no-any-return]
     if backend == "jax":
         import jax
 
