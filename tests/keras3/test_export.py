@@ -139,15 +139,27 @@ def test_our_codes_and_scales_are_in_the_file_bit_for_bit(in_process, tmp_path):
     assert written == {(float(p.scale), int(p.zero_point) - 128) for p in plan.values.values()}
 
 
-@pytest.mark.parametrize(
-    "name", ["digits_cnn", "depthwise", "several_outputs", "nested_functional", "dense_reshape_transposed"]
-)
+FLOAT_CASES = ("digits_cnn", "depthwise", "several_outputs", "nested_functional", "dense_reshape_transposed")
+
+
+@pytest.mark.parametrize("name", [*FLOAT_CASES, "one_dimensional", "padded_and_dilated", "attention_layer"])
 def test_float_files_equal_the_model(name, in_process, tmp_path):
     model, inputs = zoo_keras.CASES[name]()
     _, path = exported(model, inputs, tmp_path)
     for found, wanted in zip(flat(open_session(path).run(inputs)), flat(predict(model, inputs)), strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=1e-5)
     assert not any("INT8" in types for _, types, _, _ in Read(path).operators())
+
+
+def test_a_second_bias_is_not_taken_for_the_first(in_process, tmp_path):
+    i = keras.Input((6,))
+    x = L.Reshape((1, 5))(L.Dense(5, name="biased")(i)) + np.arange(5, dtype=np.float32)
+    model = zoo_keras.randomize(keras.Model(i, keras.ops.relu(x), name="biases"))
+    inputs = zoo_keras.images(6)
+    for spec in (None, Quantize(), Quantize(Int(8), None)):
+        plan, path = exported(model, inputs, tmp_path, spec)
+        wanted = predict(model if plan is None else simulate(model, plan), inputs)
+        np.testing.assert_allclose(open_session(path).run(inputs), wanted, atol=1e-5)
 
 
 def test_a_file_takes_any_batch_and_bears_the_models_names(in_process, tmp_path):

@@ -278,7 +278,9 @@ def test_mixed_precision_models_are_calibrated_and_simulated_in_float32():
     policy = keras.DTypePolicy("mixed_bfloat16")
     model = keras.Sequential([keras.Input((4,)), L.Dense(6, activation="relu", dtype=policy), L.Dense(3, dtype=policy)])
     plan, _ = quantized(model, zoo_keras.images(4))
-    assert run(simulate(model, plan), zoo_keras.images(4))[0].dtype == np.float32
+    simulated = simulate(model, plan)
+    assert {layer.compute_dtype for layer in simulated.layers} == {"float32"}
+    assert run(simulated, zoo_keras.images(4))[0].dtype == np.float32
     assert model.layers[0].compute_dtype == "bfloat16"
 
 
