@@ -61,10 +61,10 @@ def test_keep_include_and_patterns_that_match_nothing():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (Prune(0.0), "sparsity is 0"),
+        (Prune(0.0), "sparsity 0 is reached already"),
         (Prune(0.5, keep=("*",)), "hidden: in keep"),
         (Prune(0.5, include=("nowhere",)), "match no layer: nowhere"),
-        (Prune(0.001), "less than one weight"),
+        (Prune(0.001), "removes less than one weight"),
     ],
 )
 def test_changing_nothing_is_an_error(spec, message):

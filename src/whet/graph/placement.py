@@ -50,11 +50,15 @@ class Plan:
     casts: dict[str, str] = field(default_factory=dict)
 
 
-def selected(layer: str, keep: tuple[str, ...], include: tuple[str, ...] | None) -> str | None:
-    """None if `layer` is chosen, else the reason why not. Patterns are `fnmatch` patterns; a name also covers its children."""
-    if include is not None and not any(matches(layer, pattern) for pattern in include):
+def selected(layer: str, keep: tuple[str, ...], include: tuple[str, ...] | None, *more: str) -> str | None:
+    """None if `layer` is chosen, else the reason why not; `more` are further names that it has.
+
+    Patterns are `fnmatch` patterns; a name also covers its children.
+    """
+    names = (layer, *more)
+    if include is not None and not any(matches(name, pattern) for name in names for pattern in include):
         return "not in include"
-    return "in keep" if any(matches(layer, pattern) for pattern in keep) else None
+    return "in keep" if any(matches(name, pattern) for name in names for pattern in keep) else None
 
 
 def matches(layer: str, pattern: str) -> bool:

@@ -10,11 +10,11 @@ import keras
 import numpy as np
 
 from whet.errors import ModelError, SpecError
-from whet.graph.placement import matches, unmatched
+from whet.graph.placement import selected, unmatched
 from whet.graph.views import Masks
 from whet.keras.views import Kernel, kernels, to_numpy, unpruned, walk
 from whet.numerics.criteria import magnitude
-from whet.numerics.masks import masks_for
+from whet.numerics.masks import masks_for, most_removed
 from whet.numerics.namespace import numpy_namespace as xp
 from whet.numerics.schedules import Ramp, lay
 from whet.records import Step
@@ -77,7 +77,7 @@ class Masker:
         skipped = unpruned(model)
         chosen = []
         for kernel in self._kernels.values():
-            reason = _excluded(kernel, spec)
+            reason = selected(kernel.layer, spec.keep, spec.include, kernel.name)
             if reason is None and np.prod(kernel.variable.shape) < 2:
                 reason = "a single weight is never removed"
             if reason is None:
@@ -88,10 +88,14 @@ class Masker:
         self.skipped = tuple({"name": name, "reason": reason} for name, reason in skipped)
         names = [path for path, _ in walk(model)] + list(self._kernels)
         self.unmatched = tuple(unmatched(names, (*spec.keep, *(spec.include or ()))))
-        if spec.sparsity == 0 or not self._chosen:
-            self._nothing("sparsity is 0" if spec.sparsity == 0 else None)
+        if not self._chosen:
+            self._nothing("")
+        sizes = [int(np.prod(kernel.variable.shape)) for kernel in self._chosen]
+        gone = [int(self._removed[kernel.name].sum()) if kernel.name in self._removed else 0 for kernel in self._chosen]
+        if most_removed(sizes, gone, spec.sparsity, spec.allocation) == 0:
+            self._nothing(f"sparsity {spec.sparsity:g} is reached already, or removes less than one weight of any layer")
 
-    def _nothing(self, why: str | None) -> None:
+    def _nothing(self, why: str) -> None:
         reasons = why or "; ".join(f"{row['name']}: {row['reason']}" for row in self.skipped[:8])
         never = f" These patterns match no layer: {', '.join(self.unmatched)}." if self.unmatched else ""
         raise ModelError(
@@ -100,23 +104,14 @@ class Masker:
         )
 
     def renew(self, sparsity: float) -> None:
-        """Remove the fraction `sparsity` of the chosen weights; what is removed already counts and stays removed.
-
-        Raises:
-            ModelError: the spec's own sparsity is asked for, and nothing is removed by it that was not removed before.
-        """
+        """Remove the fraction `sparsity` of the chosen weights; what is removed already counts and stays removed."""
         if self._spec is None:
             return
-        before = self._count()
         scores = [self._scores(kernel) for kernel in self._chosen]
         for kernel, mask in zip(self._chosen, masks_for(scores, sparsity, self._spec.allocation, xp=xp), strict=True):
             old = self._removed.get(kernel.name)
             self._set(kernel.name, mask == 0 if old is None else (mask == 0) | old)
         self.hold()
-        # A ramp that begins at zero changes nothing yet; a one-shot that changes nothing is a mistake.
-        if isinstance(self._spec.schedule, OneShot) and self._count() == before:
-            least = min(int(np.prod(kernel.variable.shape)) for kernel in self._chosen)
-            self._nothing(f"sparsity {sparsity:g} is reached already, or is less than one weight of a layer of {least}")
 
     def _scores(self, kernel: Kernel) -> Any:
         scores = magnitude(to_numpy(kernel.variable).astype(np.float32), xp=xp)
@@ -153,14 +148,6 @@ class Masker:
         """The fraction removed of all weights that have a mask; 0 without masks."""
         size = sum(int(removed.size) for removed in self._removed.values())
         return self._count() / size if size else 0.0
-
-
-def _excluded(kernel: Kernel, spec: Prune) -> str | None:
-    """Why `kernel` is not chosen; patterns name layers, or the kernels themselves."""
-    names = (kernel.layer, kernel.name)
-    if spec.include is not None and not any(matches(n, p) for p in spec.include for n in names):
-        return "not in include"
-    return "in keep" if any(matches(n, p) for p in spec.keep for n in names) else None
 
 
 class Pruner:

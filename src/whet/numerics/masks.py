@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from whet.numerics.namespace import Array, Namespace
 from whet.specs.pruning import Global, Uniform
@@ -11,6 +12,16 @@ from whet.specs.pruning import Global, Uniform
 def removed_count(sparsity: float, size: int) -> int:
     """How many of `size` weights a sparsity removes: rounded half to even, never all of them."""
     return min(round(sparsity * size), max(size - 1, 0))
+
+
+def most_removed(sizes: Sequence[int], gone: Sequence[int], sparsity: float, allocation: Uniform | Global) -> int:
+    """How many more weights `sparsity` removes, in the array where that is most (Uniform) or in the whole (Global).
+
+    `gone` counts those removed before, array by array; 0 says that nothing would change.
+    """
+    if isinstance(allocation, Global):
+        sizes, gone = [sum(sizes)], [sum(gone)]
+    return max(0, *(removed_count(sparsity, size) - old for size, old in zip(sizes, gone, strict=True)))
 
 
 def mask_lowest(scores: Array, count: int, *, xp: Namespace) -> Array:

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from whet.errors import ModelError, SpecError
-from whet.graph.placement import matches, unmatched
+from whet.graph.placement import selected, unmatched
 from whet.graph.views import Masks, WeightView
 from whet.numerics.criteria import magnitude
-from whet.numerics.masks import masks_for, removed_count
+from whet.numerics.masks import masks_for, most_removed
 from whet.numerics.schedules import Ramp, lay
 from whet.records import Step
-from whet.specs import Global, OneShot, Prune, from_dict, to_dict
+from whet.specs import OneShot, Prune, from_dict, to_dict
 from whet.specs.base import check_integer
 from whet.torch.namespace import xp
 from whet.torch.views import weight_views
@@ -75,7 +75,7 @@ class Masker:
         skipped = list(views.skipped)
         chosen = []
         for view in views.weights:
-            reason = _excluded(view, spec)
+            reason = selected(view.layer, spec.keep, spec.include, view.name)
             if reason is None and view.array.numel() < 2:
                 reason = "a single weight is never removed"
             if reason is None:
@@ -88,16 +88,10 @@ class Masker:
         self.unmatched = tuple(unmatched(names, (*spec.keep, *(spec.include or ()))))
         if not self._views:
             self._nothing("")
-        if self._most_removed(spec) == 0:
-            self._nothing(f"sparsity {spec.sparsity:g} is reached already, or removes less than one weight of any layer")
-
-    def _most_removed(self, spec: Prune) -> int:
-        """How many more weights `spec` will remove at the most, in the layer or the whole where that is most."""
         sizes = [view.array.numel() for view in self._views]
         gone = [int(self._removed[view.name].sum()) if view.name in self._removed else 0 for view in self._views]
-        if isinstance(spec.allocation, Global):
-            sizes, gone = [sum(sizes)], [sum(gone)]
-        return max(0, *(removed_count(spec.sparsity, size) - old for size, old in zip(sizes, gone, strict=True)))
+        if most_removed(sizes, gone, spec.sparsity, spec.allocation) == 0:
+            self._nothing(f"sparsity {spec.sparsity:g} is reached already, or removes less than one weight of any layer")
 
     def _nothing(self, why: str) -> None:
         reasons = why or "; ".join(f"{row['name']}: {row['reason']}" for row in self.skipped[:8])
@@ -156,13 +150,6 @@ class Masker:
         """The fraction removed of all weights that have a mask; 0 without masks."""
         size = sum(removed.numel() for removed in self._removed.values())
         return self._counts() / size if size else 0.0
-
-
-def _excluded(view: WeightView, spec: Prune) -> str | None:
-    """Why `view` is not chosen; patterns name layers, or the weights themselves."""
-    if spec.include is not None and not any(matches(n, p) for p in spec.include for n in (view.layer, view.name)):
-        return "not in include"
-    return "in keep" if any(matches(n, p) for p in spec.keep for n in (view.layer, view.name)) else None
 
 
 class Pruner:
