@@ -13,7 +13,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,8 @@ def _float_file(program: Program, shapes: list[list[int | None]], marks: list[st
     with tempfile.TemporaryDirectory(prefix="whet-") as folder:
         place = Path(folder)
         try:
-            job = _frozen(flat, shapes, dtypes, place) if keras.backend.backend() == "tensorflow" else _saved(flat, place)
+            with _quiet():
+                job = _frozen(flat, shapes, dtypes, place) if keras.backend.backend() == "tensorflow" else _saved(flat, place)
         except Exception as cause:
             raise ExportError(f"The model {name!r} could not be handed to TensorFlow's converter: {short(cause)}") from cause
         (place / "job.json").write_text(json.dumps({**job, "shapes": shapes, "dtypes": dtypes}), encoding="utf-8")
@@ -307,15 +309,31 @@ def _try(content: bytes, arrays: list[Array], name: str) -> None:
     from ai_edge_litert.interpreter import Interpreter
 
     try:
-        interpreter = Interpreter(model_content=content, num_threads=1)
+        with _quiet():
+            interpreter = Interpreter(model_content=content, num_threads=1)
         details = interpreter.get_input_details()
         opened = all(item["shape_signature"][0] == -1 for item in details if len(item["shape_signature"]))
         for rows in (1, len(arrays[0])) if opened else (len(arrays[0]),):
             for item, array in zip(details, arrays, strict=True):
                 interpreter.resize_tensor_input(item["index"], array[:rows].shape)
-            interpreter.allocate_tensors()
+            with _quiet():
+                interpreter.allocate_tensors()
             for item, array in zip(details, arrays, strict=True):
                 interpreter.set_tensor(item["index"], array[:rows])
             interpreter.invoke()
     except (RuntimeError, ValueError) as cause:
         raise ExportError(f"LiteRT cannot run the file made of the model {name!r}: {short(cause)}") from cause
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Standard error closed to native code, which announces its optimizers and delegates there and raises what matters."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
