@@ -172,6 +172,24 @@ def concatenate(parts: Sequence[Any]) -> Any:
     return np.concatenate(arrays)
 
 
+def leaves(value: Any) -> list[Any]:
+    """The arrays in a structure of dicts, tuples and lists, in its order."""
+    if isinstance(value, Mapping):
+        return [leaf for item in value.values() for leaf in leaves(item)]
+    if isinstance(value, tuple | list):
+        return [leaf for item in value for leaf in leaves(item)]
+    return [value]
+
+
+def primary(outputs: Any) -> Any:
+    """What losses and default metrics read of a model's outputs: the only one, the one named `logits`, or the first."""
+    if isinstance(outputs, Mapping):
+        return primary(outputs["logits"] if outputs.get("logits") is not None else next(iter(outputs.values()), None))
+    if isinstance(outputs, tuple | list):
+        return primary(outputs[0]) if outputs else None
+    return outputs
+
+
 def _array(value: Any, where: str) -> npt.NDArray[Any]:
     """One array of any framework, on this machine's memory; bfloat16, which NumPy lacks, as float32."""
     if hasattr(value, "detach"):
@@ -230,20 +248,12 @@ def _map(data: Any, function: Any) -> Any:
     return function(data)
 
 
-def _leaves(data: Any) -> list[Any]:
-    if isinstance(data, Mapping):
-        return [leaf for value in data.values() for leaf in _leaves(value)]
-    if isinstance(data, tuple):
-        return [leaf for value in data for leaf in _leaves(value)]
-    return [data]
-
-
 def _length(data: Any) -> int:
-    return int(_leaves(data)[0].shape[0])
+    return int(leaves(data)[0].shape[0])
 
 
 def _check_lengths(data: Any, what: str) -> None:
-    shapes = [tuple(leaf.shape) for leaf in _leaves(data)]
+    shapes = [tuple(leaf.shape) for leaf in leaves(data)]
     if any(not shape for shape in shapes) or len({shape[0] for shape in shapes}) != 1:
         raise DataError(f"The arrays of {what} must have one first dimension, the examples; got shapes {shapes}.")
     if shapes[0][0] == 0:

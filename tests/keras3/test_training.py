@@ -46,7 +46,10 @@ def test_masks_hold_through_every_step_and_end_at_the_target():
     assert sparsity == sorted(sparsity) and 0 < sparsity[0] < 0.5 and sparsity[-1] == 0.5
     assert [row["eligible"] for row in step.train["history"]] == [False, False, True, True, True]
     assert step.train["stop"]["best_epoch"] >= 3
-    assert step.changed == ({"name": "hidden/kernel", "sparsity": 0.5}, {"name": "out/kernel", "sparsity": 0.5})
+    assert step.changed == (
+        {"name": "hidden/kernel", "parameters": 32, "sparsity": 0.5},
+        {"name": "out/kernel", "parameters": 24, "sparsity": 0.5},
+    )
     for name, view in views(model).items():
         assert np.array_equal(view.array == 0, masks[name] == 0)
 
@@ -70,7 +73,7 @@ def test_masks_that_came_in_persist_without_a_prune():
     masks, step = fitted(model, Train(epochs=2, learning_rate=0.05), masks={"hidden/kernel": mask})
     assert np.array_equal(masks["hidden/kernel"], mask)
     assert np.array_equal(np.asarray(model.get_layer("hidden").kernel) == 0, mask == 0)
-    assert step.changed == ({"name": "hidden/kernel", "sparsity": 11 / 32},)
+    assert step.changed == ({"name": "hidden/kernel", "parameters": 32, "sparsity": 11 / 32},)
 
 
 def test_the_same_seed_gives_the_same_weights_and_leaves_the_process_alone():

@@ -27,13 +27,18 @@ def test_accuracy_of_every_position_is_averaged_per_example() -> None:
         (np.zeros((4, 1)), np.zeros(4, int)),  # argmax of one column is always 0
         (np.zeros(4), np.zeros(4, int)),
         (np.zeros((4, 3)), np.zeros((4, 3), int)),  # one-hot
-        ((np.zeros((4, 3)),), np.zeros(4, int)),
         (np.zeros((4, 3)), None),
     ],
 )
 def test_accuracy_refuses_what_it_would_misread(outputs, targets) -> None:
     with pytest.raises(MetricError, match="accuracy"):
         accuracy(outputs, targets)
+
+
+def test_of_several_outputs_the_logits_are_read_else_the_first() -> None:
+    logits, other = np.eye(3), np.zeros((3, 2))
+    for outputs in ({"a": other, "logits": logits}, (logits, other), {"z": logits, "a": other}):
+        np.testing.assert_array_equal(accuracy(outputs, np.asarray([0, 1, 0])), [1, 1, 0])
 
 
 def test_mean_squared_error() -> None:

@@ -206,7 +206,7 @@ def test_a_metric_for_all_is_called_once_with_everything():
     "fn, said",
     [
         (lambda outputs, targets: np.full(len(targets), np.nan), "'bad' returned nan"),
-        (lambda outputs, targets: 0.5, "one score for each of 32 examples"),
+        (lambda outputs, targets: 0.5, "one score per example, shape .32"),
         (lambda outputs, targets: "good", "must return numbers, got str"),
     ],
 )

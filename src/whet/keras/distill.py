@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
+from whet.data import primary
 from whet.errors import ModelError
 from whet.keras.model import forward
 from whet.keras.namespace import xp
@@ -35,13 +35,6 @@ def soft_targets(student_logits: Any, teacher_logits: Any, temperature: float = 
             "teacher. Do both know the same classes, in the same order?"
         )
     return losses.soft_targets(wide(student_logits), wide(teacher_logits), temperature, xp=xp)
-
-
-def primary(outputs: Any) -> Any:
-    """The tensor among a model's outputs that losses take: the only one, the one named `logits`, or the first."""
-    if isinstance(outputs, Mapping):
-        return primary(outputs["logits"] if "logits" in outputs else next(iter(outputs.values())))
-    return primary(outputs[0]) if isinstance(outputs, tuple | list) else outputs
 
 
 def wide(tensor: Any) -> Any:

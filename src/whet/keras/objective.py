@@ -8,8 +8,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from whet.data import primary
 from whet.errors import DataError, ModelError
-from whet.keras.distill import IGNORED, Teacher, distillation_loss, look_like_probabilities, primary, wide
+from whet.keras.distill import IGNORED, Teacher, distillation_loss, look_like_probabilities, wide
 from whet.keras.model import describe, forward
 from whet.specs import Train
 

@@ -13,10 +13,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from whet.data import Batches
+from whet.data import Batches, primary
 from whet.errors import DataError, ModelError, WhetError
 from whet.graph.views import Masks
-from whet.keras.distill import Teacher, primary
+from whet.keras.distill import Teacher
 from whet.keras.model import arrange, describe, predict, random_state_kept, short
 from whet.keras.objective import Objective
 from whet.keras.prune import Masker
@@ -103,7 +103,6 @@ class _Judge:
     def __init__(self, model: Any, val: Batches | None, metric: Metric | None) -> None:
         self._model, self._val, self._metric = model, val, metric
         self.notes: list[str] = []
-        self._is_default = metric is None
         if val is None:
             self.notes.append("there is no val: the loss on train decides which epoch is best")
             self._metric = None
@@ -134,14 +133,10 @@ class _Judge:
         """The value of this epoch, whose mean loss was `loss`; NaN when the model's outputs are not finite."""
         if self._val is None or self._metric is None:
             return loss
-        outputs = [(self._predict(inputs), targets) for inputs, targets in self._val]
-        if not all(np.isfinite(leaf).all() for output, _ in outputs for leaf in keras.tree.flatten(output)):
+        outputs = [(predict(self._model, inputs), targets) for inputs, targets in self._val]
+        if not all(np.isfinite(primary(output)).all() for output, _ in outputs):
             return math.nan
         return mean_score(self._metric, outputs)
-
-    def _predict(self, inputs: Any) -> Any:
-        outputs = predict(self._model, inputs)
-        return primary(outputs) if self._is_default else outputs
 
 
 class _Loop:

@@ -1,13 +1,16 @@
-"""The metrics used when none is given: one score per example, on NumPy arrays."""
+"""The metrics used when none is given: one score per example, on NumPy arrays.
+
+Of a model with several outputs they read the one named `logits`, else the first, as the default losses do.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from whet.data import primary
 from whet.errors import MetricError
 from whet.specs.recipe import Metric
 
@@ -41,10 +44,9 @@ def mean_squared_error(outputs: Any, targets: Any) -> Floats:
 
 
 def _array(name: str, value: Any) -> npt.NDArray[Any]:
-    if isinstance(value, Mapping | tuple) or value is None:
-        raise MetricError(
-            f"{name} is for models with one output, got a {type(value).__name__}. Pass metric= a function that takes it."
-        )
+    value = primary(value)
+    if value is None:
+        raise MetricError(f"{name} needs an array of outputs and one of targets, got None. Give (inputs, targets) batches.")
     return np.asarray(value)
 
 

@@ -8,10 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from whet.data import Batches, concatenate
-from whet.errors import ModelError
+from whet.data import Batches, concatenate, primary
+from whet.errors import DataError, ModelError
 from whet.files import replacing
 from whet.graph.placement import Plan
 from whet.graph.views import Masks
@@ -164,16 +162,12 @@ def as_metric(metric: Any, data: Batches) -> Metric:
         return metric
     if metric is None:
         _, targets = data.first()
-        return default_metric(_first_leaf(targets))
+        if targets is None:
+            raise DataError(f"A metric needs labelled data, and {data.what} has no targets. Give (inputs, targets) batches.")
+        return default_metric(primary(targets))
     return Metric(metric)
 
 
 def outputs_of(side: Side, model: Model, data: Batches) -> Any:
     """The model's outputs over all of `data`, in its own framework."""
     return concatenate([side.predict(model, inputs) for inputs, _ in data])
-
-
-def _first_leaf(value: Any) -> Any:
-    while isinstance(value, dict | tuple | list):
-        value = next(iter(value.values())) if isinstance(value, dict) else value[0]
-    return np.zeros(0, np.float32) if value is None else value

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from whet.data import leaves
 from whet.errors import OutputError, RuntimeFileError
 from whet.files import replacing
 from whet.graph.placement import Plan
@@ -93,22 +94,14 @@ def _check_round_trip(compressed: Compressed, folder: Path) -> None:
     again = load(folder, side.copy(compressed.float_model))
     if compressed.example is None:
         return
-    before = _leaves(side.predict(compressed.model, compressed.example))
-    after = _leaves(side.predict(again.model, compressed.example))
+    before = leaves(side.predict(compressed.model, compressed.example))
+    after = leaves(side.predict(again.model, compressed.example))
     for left, right in zip(before, after, strict=True):
         if not np.array_equal(left, right):
             worst = float(np.max(np.abs(np.asarray(left, np.float64) - np.asarray(right, np.float64))))
             raise OutputError(
                 f"The saved model does not read back the same (outputs differ by {worst:.3g}); nothing was written."
             )
-
-
-def _leaves(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [leaf for item in value.values() for leaf in _leaves(item)]
-    if isinstance(value, tuple | list):
-        return [leaf for item in value for leaf in _leaves(item)]
-    return [value]
 
 
 def _plan_to_dict(plan: Plan | None, arrays: dict[str, Any]) -> dict[str, Any] | None:

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from whet.data import leaves
 from whet.errors import RuntimeFileError
+from whet.numerics.scoring import Floats
 from whet.numerics.statistics import paired_drop, ratio_of_medians, sqnr_db, top1_agreement
 from whet.records import Estimate, Evidence
 from whet.runtimes.latency import Timings
-from whet.runtimes.scoring import Floats, Score, leaves, quantiles
+from whet.runtimes.scoring import Score, quantiles
 from whet.specs import Metric
 
 TINY_MS = 0.1

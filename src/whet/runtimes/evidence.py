@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from whet.data import Batches, concatenate, rows
+from whet.data import Batches, concatenate, leaves, rows
 from whet.errors import RuntimeFileError
 from whet.progress import Task, task
 from whet.records import Evidence
@@ -19,7 +19,7 @@ from whet.runtimes.base import Session
 from whet.runtimes.comparison import Measured, change, metric_drop, parity, plain_warnings
 from whet.runtimes.content import read_dtypes
 from whet.runtimes.latency import Timings, alternate, noise
-from whet.runtimes.scoring import Score, leaves, score, take
+from whet.runtimes.scoring import Score, score, take
 from whet.runtimes.sessions import open_session
 from whet.specs import Metric
 

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from whet.data import Batches, concatenate, rows
+from whet.data import Batches, concatenate, leaves, rows
 from whet.errors import DataError, MetricError
+from whet.numerics.scoring import Floats, scores_of
 from whet.numerics.statistics import bootstrap_mean, wilson
 from whet.records import Estimate
 from whet.specs import Metric
 
-Floats = npt.NDArray[np.float64]
 MAX_RESAMPLES, MIN_RESAMPLES = 1000, 100
 RESAMPLE_SECONDS = 5.0
 
@@ -54,17 +54,7 @@ def score(outputs: Any, data: Batches, metric: Metric, *, seed: int = 0) -> Scor
     n = rows(targets)
     if not metric.per_example:
         return _score_whole(outputs, targets, metric, n, seed)
-    scores = _call(metric, outputs, targets)
-    if scores.shape != (n,):
-        hint = " For one number of all examples write Metric(fn, per_example=False)." if scores.size == 1 else ""
-        raise MetricError(
-            f"The metric {metric.name!r} must return one score per example, shape ({n},); got shape {scores.shape}.{hint}"
-        )
-    bad = np.flatnonzero(~np.isfinite(scores))
-    if bad.size:
-        raise MetricError(
-            f"The metric {metric.name!r} returned {scores[bad[0]]} for example {bad[0]} ({bad.size} of {n} such)."
-        )
+    scores = scores_of(metric, outputs, targets)
     if np.isin(scores, (0.0, 1.0)).all():
         estimate = Estimate(float(scores.mean()), wilson(int(scores.sum()), n))
     elif n < 2:
@@ -76,9 +66,7 @@ def score(outputs: Any, data: Batches, metric: Metric, *, seed: int = 0) -> Scor
 
 def _score_whole(outputs: Any, targets: Any, metric: Metric, n: int, seed: int) -> Score:
     start = time.perf_counter()
-    value = _one(metric, outputs, targets)
-    if not math.isfinite(value):
-        raise MetricError(f"The metric {metric.name!r} returned {value} on {n} examples; it must return a finite number.")
+    value = float(scores_of(metric, outputs, targets))
     resamples = int(min(MAX_RESAMPLES, RESAMPLE_SECONDS / max(time.perf_counter() - start, 1e-9)))
     reason = None
     if n < 2:
@@ -112,15 +100,6 @@ def quantiles(resampled: Floats, confidence: float = 0.95) -> tuple[float, float
     return float(low), float(high)
 
 
-def leaves(value: Any) -> list[npt.NDArray[Any]]:
-    """The arrays in a structure of outputs or targets, in its order."""
-    if isinstance(value, Mapping):
-        return [leaf for item in value.values() for leaf in leaves(item)]
-    if isinstance(value, tuple | list):
-        return [leaf for item in value for leaf in leaves(item)]
-    return [np.asarray(value)]
-
-
 def take(value: Any, chosen: npt.NDArray[np.int64]) -> Any:
     """The rows `chosen` of every array in a structure."""
     if isinstance(value, Mapping):
@@ -141,45 +120,13 @@ def _targets(data: Batches) -> Any:
     return concatenate(parts)
 
 
-def _call(metric: Metric, outputs: Any, targets: Any) -> Floats:
-    try:
-        result = metric.fn(outputs, targets)
-    except MetricError:
-        raise
-    except Exception as cause:
-        raise MetricError(
-            f"The metric {metric.name!r} failed on outputs {_shapes(outputs)} and targets {_shapes(targets)}: "
-            f"{type(cause).__name__}: {cause}"
-        ) from cause
-    if hasattr(result, "detach"):
-        result = result.detach().cpu()
-    array = np.asarray(result)
-    if array.dtype.kind not in "biuf":
-        raise MetricError(f"The metric {metric.name!r} must return numbers, got {type(result).__name__}: {str(result)[:80]!r}.")
-    return array.astype(np.float64)
-
-
-def _one(metric: Metric, outputs: Any, targets: Any) -> float:
-    result = _call(metric, outputs, targets)
-    if result.size != 1:
-        raise MetricError(
-            f"The metric {metric.name!r} has per_example=False and must return one number, got shape {result.shape}. "
-            "For one score per example leave per_example out."
-        )
-    return float(result.reshape(()))
-
-
 def _one_or_nan(metric: Metric, outputs: Any, targets: Any) -> float:
-    """As `_one`; NaN where a resample gives the metric nothing to work with (one class only, say)."""
+    """The metric's number; NaN where a resample gives the metric nothing to work with (one class only, say)."""
     try:
-        return _one(metric, outputs, targets)
+        return float(scores_of(metric, outputs, targets))
     except MetricError:
         return math.nan
 
 
 def _record(metric: Metric, estimate: Estimate, n: int) -> dict[str, Any]:
     return {"name": metric.name, **estimate.to_dict(), "n": n, "higher_is_better": metric.higher_is_better}
-
-
-def _shapes(value: Any) -> str:
-    return ", ".join(str(leaf.shape) for leaf in leaves(value))

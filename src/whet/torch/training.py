@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from whet.data import Batches
+from whet.data import Batches, primary
 from whet.errors import DataError, ModelError
 from whet.graph.views import Masks
-from whet.numerics.metrics import accuracy, default_metric, mean_squared_error
+from whet.numerics.metrics import default_metric
 from whet.numerics.schedules import Ramp, lay
 from whet.numerics.scoring import mean_score
 from whet.numerics.stopping import Decision, StoppingState, update
@@ -24,7 +24,7 @@ from whet.progress import Task, task
 from whet.records import Step
 from whet.specs import Metric, Train, to_dict
 from whet.torch.distill import teaching
-from whet.torch.model import call, dtype_of, evaluating, on_device, primary, to_numpy, to_tensors
+from whet.torch.model import call, dtype_of, evaluating, on_device, to_numpy, to_tensors
 from whet.torch.objective import Objective
 from whet.torch.prune import Masker
 
@@ -76,14 +76,13 @@ class _Judge:
     def __init__(self, model: Any, val: Batches | None, metric: Metric | None, device: Any) -> None:
         self._model, self._val, self._metric, self._device = model, val, metric, device
         self.notes: list[str] = []
-        self._is_default = metric is None or metric.fn in (accuracy, mean_squared_error)  # these take one array
         if val is not None and metric is None:
             targets = val.first()[1]
             if targets is None:
                 self._val = None
                 self.notes.append("val has no targets and no metric was given: the loss on train decides which epoch is best")
             else:
-                self._metric = default_metric(primary(targets) if isinstance(targets, dict | tuple) else targets)
+                self._metric = default_metric(primary(targets))
         if val is None:
             self.notes.append("there is no val: the loss on train decides which epoch is best")
             self._metric = None
@@ -103,14 +102,14 @@ class _Judge:
         if self._val is None or self._metric is None:
             return loss
         outputs = [(self._predict(inputs), targets) for inputs, targets in self._val]
-        if not all(np.isfinite(leaf).all() for output, _ in outputs for leaf in _leaves(output)):
+        if not all(np.isfinite(primary(output)).all() for output, _ in outputs):
             return math.nan
         return mean_score(self._metric, outputs)
 
     def _predict(self, inputs: Any) -> Any:
         with evaluating(self._model), torch.no_grad():
             outputs = call(self._model, to_tensors(inputs, self._device, dtype_of(self._model)))
-        found = to_numpy(primary(outputs) if self._is_default else outputs)
+        found = to_numpy(outputs)
         if found is None:
             raise ModelError(f"{type(self._model).__name__} returned no tensor: there is nothing to score.")
         return found
@@ -293,11 +292,3 @@ def _restore(model: Any, saved: dict[str, Any]) -> None:
             tensor.data.copy_(saved[name])
         else:  # a buffer that the forward replaced
             tensor.data = saved[name].clone()
-
-
-def _leaves(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [leaf for item in value.values() for leaf in _leaves(item)]
-    if isinstance(value, tuple):
-        return [leaf for item in value for leaf in _leaves(item)]
-    return [value]
