@@ -30,8 +30,8 @@ types: .venv/.dev  ## mypy --strict on src.
 	.venv/bin/mypy
 
 readme: demo  ## Write the measured tables of README.md from the demo's reports.
-	.venv/bin/whet report out/demo/torch/report.json --into README.md --marker demo-torch
-	.venv/bin/whet report out/demo/keras/report.json --into README.md --marker demo-keras
+	.venv/bin/whet report out/demo/torch/report.json --into README.md --marker demo-torch --made-by "make demo-torch"
+	.venv/bin/whet report out/demo/keras/report.json --into README.md --marker demo-keras --made-by "make demo-keras"
 
 clean:  ## Remove what the targets made.
 	rm -rf .venv out

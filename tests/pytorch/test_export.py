@@ -322,7 +322,7 @@ def test_a_plan_for_another_target_is_refused(tmp_path):
     plan, _ = quantize(model, Quantize(), TARGETS["litert"], calibration=Batches(inputs), example=inputs, progress=False)
     with pytest.raises(ExportError, match="places quantizers for 'litert'"):
         export(model, plan, ORT, tmp_path / "m.onnx", example=inputs)
-    with pytest.raises(ExportError, match=r"written as \.onnx"):
+    with pytest.raises(ExportError, match=r"written to \.onnx"):
         export(model, plan, TARGETS["litert"], tmp_path / "m.onnx", example=inputs)
 
 

@@ -9,7 +9,7 @@ from whet.specs.target import TARGETS, Target
 
 # Modules that running a file of the runtime needs, and those that writing one needs besides.
 RUN = {"onnxruntime": ("onnx", "onnxruntime"), "litert": ("ai_edge_litert",)}
-WRITE = {"onnxruntime": ("onnxscript",), "litert": ("ai_edge_quantizer",)}
+WRITE = {"onnxruntime": ("onnxscript",), "litert": ("flatbuffers",)}
 FRAMEWORKS = {"torch": ("torch",), "keras": ("keras", "tensorflow")}
 
 
@@ -22,7 +22,7 @@ class Availability:
     """
 
     name: str
-    framework: str
+    frameworks: tuple[str, ...]
     suffix: str
     runs: bool
     exports: bool
@@ -31,9 +31,9 @@ class Availability:
 
     def __str__(self) -> str:
         if not self.missing:
-            return f"{self.name} ({self.suffix}, from {self.framework}): ready"
+            return f"{self.name} ({self.suffix}, from {' or '.join(self.frameworks)}): ready"
         can = "runs files, cannot export" if self.runs else "not available"
-        return f"{self.name} ({self.suffix}, from {self.framework}): {can}; missing {', '.join(self.missing)}: {self.install}"
+        return f"{self.name} ({self.suffix}, from {' or '.join(self.frameworks)}): {can}; missing {', '.join(self.missing)}: {self.install}"
 
 
 def available() -> list[Availability]:
@@ -46,8 +46,10 @@ def _look(target: Target) -> Availability:
         return [module for module in modules if find_spec(module) is None]
 
     run, write = lacking(RUN[target.runtime]), lacking(WRITE[target.runtime])
-    framework = lacking(FRAMEWORKS[target.framework])
+    # One of its frameworks is enough; what the first of them lacks is what an empty machine is told to install.
+    found = [name for name in target.frameworks if not lacking(FRAMEWORKS[name])]
+    framework = [] if found else lacking(FRAMEWORKS[target.frameworks[0]])
     missing = (*run, *write, *framework)
-    extras = ([target.framework] if framework else []) + ([target.extra] if run or write else [])
+    extras = ([target.frameworks[0]] if framework else []) + ([target.extra] if run or write else [])
     install = f"pip install 'whet[{','.join(extras)}]'" if extras else None
-    return Availability(target.name, target.framework, target.suffix, not run, not missing, missing, install)
+    return Availability(target.name, target.frameworks, target.suffix, not run, not missing, missing, install)

@@ -26,7 +26,7 @@ class Target:
 
     name: str
     _: KW_ONLY
-    framework: str  # "torch" or "keras": the side that writes its files
+    frameworks: tuple[str, ...]  # "torch", "keras": the sides that write its files
     runtime: str
     extra: str
     suffix: str
@@ -44,7 +44,7 @@ TARGETS: dict[str, Target] = {
     for target in (
         Target(
             "onnxruntime",
-            framework="torch",
+            frameworks=("torch",),
             runtime="onnxruntime",
             extra="onnx",
             suffix=".onnx",
@@ -54,7 +54,7 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             "litert",
-            framework="keras",
+            frameworks=("keras",),
             runtime="litert",
             extra="litert",
             suffix=".tflite",
@@ -78,15 +78,15 @@ def find_target(name: str | Target | None, framework: str) -> Target:
     if isinstance(name, Target):
         found = name
     elif name is None:
-        found = next(target for target in TARGETS.values() if target.framework == framework)
+        found = next(target for target in TARGETS.values() if framework in target.frameworks)
     elif isinstance(name, str) and name in TARGETS:
         found = TARGETS[name]
     else:
         raise TargetError(f"Unknown target {name!r}. Targets: {', '.join(sorted(TARGETS))}.")
-    if found.framework != framework:
-        allowed = ", ".join(sorted(t.name for t in TARGETS.values() if t.framework == framework))
+    if framework not in found.frameworks:
+        allowed = ", ".join(sorted(t.name for t in TARGETS.values() if framework in t.frameworks))
         raise TargetError(
-            f"Target {found.name!r} is written from a {found.framework} model, and this one is a {framework} model. "
+            f"Target {found.name!r} is written from {' and '.join(found.frameworks)} models, and this one is a {framework} model. "
             f"Targets for {framework}: {allowed}."
         )
     return found
