@@ -13,8 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from whet.errors import ExportError
-from whet.runtimes.sessions import SUFFIXES, check_file
+from whet.errors import ExportError, RuntimeFileError
+from whet.runtimes.sessions import check_file, runtime_of
 
 WEIGHT_TYPES = frozenset({"int8", "uint8", "int4", "uint4", "int2", "uint2"})
 BIAS_TYPES = frozenset({"int32", "int64"})  # 64 bits beside 16-bit activations
@@ -23,13 +23,19 @@ _NAMED = 8  # how many offending operators an error names
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operator. data: the type of what it reads. weight, bias: the types that its constants are stored in, else None."""
+    """One operator. data: the type of what it reads. weight, bias: the types that its constants are stored in, else None.
+
+    channels: a convolution's output channels, None where they are not read. delegated: whether a delegate of the runtime
+    (XNNPACK, say) computes it, None where the file or the runtime does not tell.
+    """
 
     op: str
     name: str
     data: str
     weight: str | None = None
     bias: str | None = None
+    channels: int | None = None
+    delegated: bool | None = None
 
     @property
     def dtype(self) -> str:
@@ -109,10 +115,7 @@ def _list(operations: Sequence[Operation]) -> str:
 
 
 def _reader(path: Path) -> ModuleType:
-    if SUFFIXES[path.suffix] == "onnxruntime":
-        from whet.runtimes import onnx_content
-
-        return onnx_content
-    from whet.runtimes import litert_content
-
-    return litert_content
+    reader = runtime_of(path).reader()
+    if reader is None:
+        raise RuntimeFileError(f"Nothing here reads the operators of {path.name!r}: its format does not tell them.")
+    return reader

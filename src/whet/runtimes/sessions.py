@@ -3,15 +3,58 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from whet.errors import RuntimeFileError
 from whet.runtimes.base import Session, Slot
 from whet.runtimes.environment import usable_cores
 
-__all__ = ["SUFFIXES", "Session", "Slot", "check_file", "open_session"]
+__all__ = ["RUNTIMES", "SUFFIXES", "Runtime", "Session", "Slot", "check_file", "open_session", "parts", "runtime_of"]
 
-SUFFIXES = {".onnx": "onnxruntime", ".tflite": "litert"}
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """Where the code for one runtime's files is; imported when such a file is opened.
+
+    session: `"module:class"` of its `Session`, called with (path, threads). content: the module that reads what a file
+    stores and computes in (`stored`, `weighted` and `computed`, each called with a path), None where nothing reads it.
+    """
+
+    session: str
+    content: str | None
+
+    def open(self, path: Path, threads: int) -> Session:
+        """The file at `path` as a session."""
+        module, _, name = self.session.partition(":")
+        session: Session = getattr(import_module(module), name)(path, threads)
+        return session
+
+    def reader(self) -> ModuleType | None:
+        """The module that reads the content of its files."""
+        return None if self.content is None else import_module(self.content)
+
+
+RUNTIMES: dict[str, Runtime] = {
+    "onnxruntime": Runtime("whet.runtimes.onnxruntime:OnnxSession", "whet.runtimes.onnx_content"),
+    "litert": Runtime("whet.runtimes.litert:LiteRTSession", "whet.runtimes.litert_content"),
+    "keras": Runtime("whet.runtimes.keras_file:KerasSession", "whet.runtimes.keras_file"),
+}
+SUFFIXES = {".onnx": "onnxruntime", ".tflite": "litert", ".keras": "keras"}
+# Files that belong to a file of this suffix, where they exist: "{stem}" and "{name}" are the file's own.
+COMPANIONS = {".xml": "{stem}.bin", ".onnx": "{name}.data"}
+
+
+def parts(path: str | os.PathLike[str]) -> list[Path]:
+    """The file and those that belong to it (weights kept beside it), all of which count as its bytes; a folder's files."""
+    path = Path(path)
+    if path.is_dir():
+        return sorted(item for item in path.rglob("*") if item.is_file())
+    beside = COMPANIONS.get(path.suffix)
+    companion = None if beside is None else path.with_name(beside.format(stem=path.stem, name=path.name))
+    return [path, *([companion] if companion is not None and companion.is_file() else [])]
 
 
 def check_file(path: str | os.PathLike[str]) -> Path:
@@ -36,8 +79,13 @@ def check_file(path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def runtime_of(path: Path) -> Runtime:
+    """The runtime that takes files of this suffix, which `check_file` has seen."""
+    return RUNTIMES[SUFFIXES[path.suffix]]
+
+
 def open_session(path: str | os.PathLike[str], *, threads: int | None = None) -> Session:
-    """The file at `path`, opened by ONNX Runtime (.onnx) or LiteRT (.tflite). `threads`: None for all usable cores.
+    """The file at `path`, opened by the runtime for its suffix (see `SUFFIXES`). `threads`: None for all usable cores.
 
     Raises:
         RuntimeFileError: see `check_file`; also a truncated or foreign file.
@@ -46,11 +94,4 @@ def open_session(path: str | os.PathLike[str], *, threads: int | None = None) ->
     path = check_file(path)
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise RuntimeFileError(f"threads must be an integer of at least 1, or None for all usable cores; got {threads!r}.")
-    count = usable_cores() if threads is None else threads
-    if SUFFIXES[path.suffix] == "onnxruntime":
-        from whet.runtimes.onnxruntime import OnnxSession
-
-        return OnnxSession(path, count)
-    from whet.runtimes.litert import LiteRTSession
-
-    return LiteRTSession(path, count)
+    return runtime_of(path).open(path, usable_cores() if threads is None else threads)
