@@ -17,6 +17,7 @@ from whet.graph.nodes import Graph
 from whet.graph.placement import Placement, Plan, matches, place, unmatched
 from whet.graph.views import WeightView
 from whet.numerics.affine import QParams, dequantize, fit_scale_to_bias, qparams, quantize
+from whet.numerics.histograms import histogram
 from whet.numerics.namespace import numpy_namespace as xp
 from whet.numerics.observers import Range, channel_range
 from whet.numerics.statistics import sqnr_db
@@ -24,6 +25,7 @@ from whet.specs.quantization import Float, Int, PerChannel, PerTensor, Quantize
 from whet.specs.target import Target
 
 FIXED = Int(8, symmetric=False, granularity=PerTensor())  # what a target's fixed scales and zero points are given for
+PORTABLE_BITS = 7  # twice 255 times 63 fits into 16 bits; 127 does not
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ def solve(
             changed.append({"name": name, "parameters": view.array.size, "scheme": spec.weights.dtype, "bits": 16})
             plan.casts[name] = spec.weights.dtype
             continue
-        params = solve_weight(view, _weight_spec(spec.weights, spec, node.layer))
+        params = solve_weight(view, _weight_spec(spec.weights, spec, node.layer, target))
         bias = biases.get(node.bias) if node.bias is not None else None
         source = values.get(node.inputs[0]) if node.inputs else None
         if bias is not None and source is not None and node.bias is not None and len(partners[node.bias]) == 1:
@@ -86,7 +88,7 @@ def solve(
             plan.biases[node.bias] = (node.inputs[0], name)
         plan.weights[name] = params
         row = {"name": name, "parameters": view.array.size, "scheme": _scheme(params), "bits": params.spec.bits}
-        changed.append(row | {"error_db": weight_error(view, params)})
+        changed.append(row | stored_weight(view, params))
     layers = sorted({node.layer for node in calibration.graph.nodes})
     patterns = (*spec.keep, *(spec.include or ()), *spec.overrides)
     skipped = tuple({"name": layer, "reason": reason} for layer, reason in placement.skipped)
@@ -102,9 +104,10 @@ def _partners(graph: Graph) -> dict[str, set[str | None]]:
     return partners
 
 
-def _weight_spec(default: Int, spec: Quantize, layer: str) -> Int:
-    """The first override that names `layer`, or the spec of all weights."""
-    return next((override for pattern, override in spec.overrides.items() if matches(layer, pattern)), default)
+def _weight_spec(default: Int, spec: Quantize, layer: str, target: Target) -> Int:
+    """The first override that names `layer`, or the spec of all weights; 7 bits of 8 on a portable target."""
+    chosen = next((override for pattern, override in spec.overrides.items() if matches(layer, pattern)), default)
+    return replace(chosen, bits=PORTABLE_BITS) if target.portable and chosen.bits == 8 else chosen
 
 
 def solve_weight(view: WeightView, spec: Int) -> QParams:
@@ -135,11 +138,14 @@ def weight_codes(array: npt.NDArray[np.float32], params: QParams) -> npt.NDArray
     return codes
 
 
-def weight_error(view: WeightView, params: QParams) -> float | None:
-    """Signal-to-quantization-noise of the stored weight in dB; None when it is exact."""
+def stored_weight(view: WeightView, params: QParams) -> dict[str, Any]:
+    """What rounding did to one weight: `error_db`, its signal-to-quantization-noise in dB (None when it is exact), and the
+    `histogram` of its values before and after."""
     array = np.asarray(view.array, np.float32)
     scale, zero_point = params.broadcast(array.ndim)
-    return sqnr_db(array, dequantize(weight_codes(array, params), scale, zero_point))
+    stored = dequantize(weight_codes(array, params), scale, zero_point)
+    drawn = histogram(array)
+    return {"error_db": sqnr_db(array, stored)} | ({} if drawn is None else {"histogram": drawn.beside(stored)})
 
 
 def _solve_values(calibration: Calibration, placement: Placement, spec: Quantize) -> dict[str, QParams]:

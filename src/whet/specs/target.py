@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 from whet.errors import TargetError
 
@@ -22,6 +22,8 @@ class Target:
     shared: operations that only move values: the output has the input's scale and zero point.
     joined: operations whose inputs and output all share one range (concat and average pooling on LiteRT).
     fixed: operations whose output has a given (scale, zero_point in the unsigned form).
+    portable: 8-bit weights use 7 bits (codes within ±63). Processors without VNNI add two products of 8 bits in 16, which
+    overflow at full range; with this the file computes the same on all of them.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Target:
     shared: frozenset[str] = SHARED
     joined: frozenset[str] = frozenset()
     fixed: dict[str, tuple[float, int]] = field(default_factory=dict)
+    portable: bool = False
 
 
 TARGETS: dict[str, Target] = {
@@ -66,6 +69,10 @@ TARGETS: dict[str, Target] = {
             fixed={"softmax": (1 / 256, 0), "sigmoid": (1 / 256, 0), "tanh": (1 / 128, 128)},
         ),
     )
+}
+TARGETS |= {
+    f"{name}-portable": replace(TARGETS[name], name=f"{name}-portable", portable=True)
+    for name in ("onnxruntime",)  # its kernels for processors without VNNI are those that overflow
 }
 
 
