@@ -25,6 +25,27 @@ def test_of_ties_the_first_go() -> None:
     np.testing.assert_array_equal(mask_lowest(np.asarray([1.0, 0.0, 1.0, 1.0, 0.0, 1.0]), 4, xp=xp), [0, 0, 0, 1, 0, 1])
 
 
+@given(scores=scores, share=st.floats(0, 1))
+def test_masks_are_those_of_the_rank(scores, share) -> None:
+    """The definition: the rank of every score in a stable order, ties by position."""
+    count = round(share * scores.size)
+    rank = np.argsort(np.argsort(scores.ravel(), kind="stable"), kind="stable").reshape(scores.shape)
+    np.testing.assert_array_equal(mask_lowest(scores, count, xp=xp), rank >= count)
+
+
+def test_a_score_is_sorted_once(monkeypatch) -> None:
+    class Counting(type(xp)):
+        sorts = 0
+
+        @staticmethod
+        def argsort(x):
+            Counting.sorts += 1
+            return np.argsort(x, kind="stable")
+
+    masks_for([np.arange(6.0), np.arange(4.0)], 0.5, Uniform(), xp=Counting())
+    assert Counting.sorts == 2
+
+
 @pytest.mark.parametrize(
     ("sparsity", "size", "expected"),
     [

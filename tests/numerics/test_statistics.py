@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from whet.numerics.statistics import (
+    MOST_DRAWN,
     bootstrap,
+    bootstrap_limit,
     bootstrap_mean,
     examples_needed,
     normal_quantile,
@@ -110,6 +113,26 @@ def test_bootstrap_mean_nears_the_normal_interval() -> None:
     assert bootstrap_mean(values) == pytest.approx((values.mean() - half, values.mean() + half), abs=half * 0.12)
     wide, narrow = bootstrap_mean(values, 0.99), bootstrap_mean(values, 0.8)
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
+
+
+@pytest.mark.parametrize("draw", ["normal", "exponential", "lognormal"])
+def test_the_limit_of_the_bootstrap_is_the_bootstrap_of_many(draw) -> None:
+    values = getattr(np.random.default_rng(6), draw)(size=4000)
+    half = Z * values.std() / math.sqrt(4000)
+    drawn = bootstrap(values, lambda sample: float(np.mean(sample)), resamples=20_000)
+    assert bootstrap_limit(values) == pytest.approx(drawn, abs=0.04 * half)
+    if draw == "lognormal":  # the skewness counts: a plain normal interval is off by more
+        low, high = bootstrap_limit(values)
+        assert high - values.mean() > 1.02 * (values.mean() - low)
+
+
+def test_a_million_scores_are_quick() -> None:
+    values = np.random.default_rng(7).exponential(size=1_000_000)
+    start = time.perf_counter()
+    low, high = bootstrap_mean(values)
+    assert time.perf_counter() - start < 2
+    assert low < values.mean() < high and high - low == pytest.approx(2 * Z * values.std() / 1000, rel=1e-3)
+    assert bootstrap_mean(np.full(MOST_DRAWN + 1, 0.3)) == pytest.approx((0.3, 0.3))
 
 
 def test_bootstrap_covers_at_its_confidence() -> None:

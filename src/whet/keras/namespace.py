@@ -55,5 +55,10 @@ class KerasNamespace:
         """
         return ops.argsort(x)
 
+    @staticmethod
+    def positions(x: Array) -> Array:
+        """0, 1, 2, … for the elements of the flat array `x`, as int32 like every backend's `argsort`."""
+        return ops.arange(x.shape[0], dtype="int32")
+
 
 xp = KerasNamespace()

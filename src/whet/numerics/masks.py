@@ -25,11 +25,18 @@ def most_removed(sizes: Sequence[int], gone: Sequence[int], sparsity: float, all
 
 
 def mask_lowest(scores: Array, count: int, *, xp: Namespace) -> Array:
-    """A float32 mask of `scores`' shape that removes exactly the `count` lowest scores."""
-    size = math.prod(int(n) for n in scores.shape)
-    order = xp.argsort(xp.reshape(scores, (size,)))
-    rank = xp.argsort(order)  # the inverse permutation: rank of every element
-    return xp.reshape(xp.cast(rank >= count, "float32"), tuple(int(n) for n in scores.shape))
+    """A float32 mask of `scores`' shape that removes exactly the `count` lowest scores.
+
+    One stable sort: the last score to go has the greatest position among those of its value that go.
+    """
+    shape = tuple(int(n) for n in scores.shape)
+    flat = xp.reshape(scores, (math.prod(shape),))
+    if count <= 0:
+        return xp.reshape(xp.cast(xp.full_like(flat, 1.0), "float32"), shape)
+    last = xp.argsort(flat)[count - 1]
+    highest = flat[last]
+    kept = (flat > highest) | ((flat == highest) & (xp.positions(flat) > last))
+    return xp.reshape(xp.cast(kept, "float32"), shape)
 
 
 def masks_for(scores: list[Array], sparsity: float, allocation: Uniform | Global, *, xp: Namespace) -> list[Array]:
@@ -54,5 +61,6 @@ def masks_for(scores: list[Array], sparsity: float, allocation: Uniform | Global
 def _spare_highest(scores: Array, size: int, *, xp: Namespace) -> Array:
     """The flat scores, the highest of them raised to infinity."""
     flat = xp.reshape(scores, (size,))
-    rank = xp.argsort(xp.argsort(flat))
-    return xp.where(rank == size - 1, xp.full_like(flat, math.inf), flat)
+    if size == 0:
+        return flat
+    return xp.where(xp.positions(flat) == xp.argsort(flat)[size - 1], xp.full_like(flat, math.inf), flat)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.floating]
 RESAMPLES = 2000
+MOST_DRAWN = 20_000  # 0.4 s of resampling; from here on the mean of skewed scores is close to its limit
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -25,8 +26,30 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
 
 
 def bootstrap_mean(values: Floats, confidence: float = 0.95, *, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values` (n,) (Efron & Tibshirani 1993, ch. 13); n >= 2."""
+    """Percentile bootstrap interval of the mean of `values` (n,) (Efron & Tibshirani 1993, ch. 13); n >= 2.
+
+    Above `MOST_DRAWN` values its limit is computed instead of drawn, see `bootstrap_limit`: a million take milliseconds.
+    """
+    if len(values) > MOST_DRAWN:
+        return bootstrap_limit(values, confidence)
     return bootstrap(values, lambda sample: float(np.mean(sample)), confidence, seed=seed)
+
+
+def bootstrap_limit(values: Floats, confidence: float = 0.95) -> tuple[float, float]:
+    """What `bootstrap_mean` tends to: `m + s/√n · (z + γ (z² - 1) / (6 √n))` at the two quantiles z of the normal.
+
+    m, s, γ: mean, deviation and skewness of `values` (n,). The first-order Cornish-Fisher expansion of the resampled
+    mean's distribution (Hall 1992, The Bootstrap and Edgeworth Expansion, section 2.5).
+    """
+    values = np.asarray(values, np.float64)
+    mean, deviation = float(np.mean(values)), float(np.std(values))
+    if deviation == 0:
+        return mean, mean
+    skewness = float(np.mean(((values - mean) / deviation) ** 3))
+    root = math.sqrt(len(values))
+    low, high = (normal_quantile(0.5 + side * confidence / 2) for side in (-1, 1))
+    low, high = (mean + deviation / root * (z + skewness * (z * z - 1) / (6 * root)) for z in (low, high))
+    return low, high
 
 
 def bootstrap(

@@ -72,6 +72,11 @@ class TorchNamespace:
         return torch.argsort(x, stable=True)
 
     @staticmethod
+    def positions(x: Array) -> Array:
+        """0, 1, 2, … for the elements of the flat array `x`, where `x` is."""
+        return torch.arange(x.shape[0], device=x.device)
+
+    @staticmethod
     def full_like(x: Array, value: float) -> Array:
         """An array like `x`, all `value`."""
         return torch.full_like(x, value)
