@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from whet import htmltext
 from whet.errors import RuntimeFileError
 
 FORMAT = 1
@@ -37,7 +39,8 @@ class Estimate:
 class Latency:
     """Milliseconds for one batch, timed in alternation with the original where there is one.
 
-    cpu_per_wall: CPU time of the process over wall time while timing; about `threads` on a quiet machine.
+    cpu_per_wall: CPU time of the process over wall time while timing; about `threads` on a quiet machine. ratio: of medians,
+    to the original timed in the same turns, `{"value", "ci95"}`; None for the original itself.
     """
 
     p50: float
@@ -46,10 +49,13 @@ class Latency:
     threads: int
     runs: int
     cpu_per_wall: float
+    p99: float | None = None
+    ratio: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a mapping."""
-        return {name: getattr(self, name) for name in ("p50", "p90", "batch", "threads", "runs", "cpu_per_wall")}
+        names = ("p50", "p90", "p99", "batch", "threads", "runs", "cpu_per_wall", "ratio")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,11 @@ class Evidence:
     metric: `{"name", "value", "ci95", "n", "higher_is_better"}`. dtypes: `{"stored": {dtype: bytes}, "computed": {operator:
     {dtype: count}}}`. placement: `{"target", "quantized_values", …}` or None for a float file. parity: against the
     original file, `{"agreement", "max_error", "mean_error", "sqnr_db"}`, None for the original. warnings: plain words.
+
+    latencies: one for every batch size and thread count that was timed, `latency_ms` the first. zstd_bytes: `{"value"}`,
+    None with a "reason" where it was not packed. operators: `{"quantized", "float", "other", "delegated"}`, how many
+    operators compute in integers, in float, and in neither; and how many of all run in a delegate, None where the runtime
+    does not tell. process: what a fresh process that opens and runs the file once needs, see `whet.runtimes.probe`.
     """
 
     file: str
@@ -71,6 +82,10 @@ class Evidence:
     dtypes: dict[str, Any]
     parity: dict[str, Any] | None = None
     warnings: tuple[str, ...] = ()
+    latencies: tuple[Latency, ...] = ()
+    zstd_bytes: dict[str, Any] | None = None
+    operators: dict[str, Any] | None = None
+    process: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The form of `E` in report.json."""
@@ -84,10 +99,17 @@ class Evidence:
             "placement": self.placement,
             "dtypes": self.dtypes,
             "warnings": list(self.warnings),
+            "latencies": [latency.to_dict() for latency in self.latencies],
+            "zstd_bytes": self.zstd_bytes,
+            "operators": self.operators,
+            "process": self.process,
         }
         if self.parity is not None:
             plain["parity"] = self.parity
         return plain
+
+    def _repr_html_(self) -> str:
+        return htmltext.evidence_html(self.to_dict())
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +117,8 @@ class Step:
     """One step of a recipe, as it was done.
 
     spec: the spec's plain form. changed: one mapping per changed weight, `{"name", …}` with any of "sparsity", "bits",
-    "scheme", "error_db" (SQNR of the stored weight), "parameters". skipped: what stayed as it was, and why. unmatched:
+    "scheme", "error_db" (SQNR of the stored weight), "parameters", "sensitivity", "histogram" (`{"edges": [low, high],
+    "before": [counts], "after": [counts]}`). skipped: what stayed as it was, and why. unmatched:
     patterns of the spec that named nothing. train: None, or `{"history": [{"epoch", "loss", "metric", "sparsity",
     "learning_rate", "eligible"}], "stop": {"reason", "best_epoch", "epochs"}, "metric": name, "notes": [sentence]}`;
     epochs count from 1; eligible: whether the epoch could be best (the pruning schedule was done).
@@ -138,9 +161,14 @@ class Report:
 
     data: dict[str, Any] = field(default_factory=dict)
 
+    def _repr_html_(self) -> str:
+        return htmltext.report_html(self.data)
+
     def to_json(self) -> str:
-        """The text of report.json."""
-        return json.dumps(self.data, indent=1, allow_nan=False)
+        """The text of report.json: indented, a list of numbers on one line."""
+        text = json.dumps(self.data, indent=1, allow_nan=False)
+        # A text in JSON holds no line break, so these are lists.
+        return re.sub(r"\[\n[-+\d.eE,\s]+\n\s*\]", lambda found: re.sub(r"\n\s*", "", found[0]).replace(",", ", "), text)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Report:

@@ -30,7 +30,10 @@ def test_the_smallest_go_and_ties_go_by_position():
     assert masks["0.weight"].dtype == np.uint8
     np.testing.assert_array_equal(masks["0.weight"], [[1, 0, 1], [0, 1, 1]])
     np.testing.assert_array_equal(model[0].weight.detach(), np.float32([[0.5, 0, 0.3], [0, 0.1, -2.0]]))
-    assert step.changed == ({"name": "0.weight", "parameters": 6, "sparsity": 2 / 6},)
+    (row,) = step.changed
+    drawn = row.pop("histogram")
+    assert row == {"name": "0.weight", "parameters": 6, "sparsity": 2 / 6}
+    assert drawn["edges"] == [-2.0, 0.5] and drawn["before"][24:26] == [2, 0] and drawn["after"][24:26] == [0, 2]
     assert step.spec == {"Prune": {"sparsity": 0.34}} and step.train is None and step.seconds >= 0
 
 

@@ -118,3 +118,12 @@ def fitted(model, spec, *, teacher=None, masks=None, train=None, val="default", 
 
 def same_weights(a, b):
     return all(np.array_equal(x, y) for x, y in zip(a.get_weights(), b.get_weights(), strict=True))
+
+
+def undrawn(changed):
+    """The rows of a step without their histograms, each of which counts the whole weight twice."""
+    rows = [dict(row) for row in changed]
+    for row in rows:
+        drawn = row.pop("histogram")
+        assert sum(drawn["before"]) == sum(drawn["after"]) == row["parameters"] and len(drawn["edges"]) == 2
+    return tuple(rows)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from whet import htmltext
+
 
 @dataclass(frozen=True, slots=True)
 class LayerRow:
@@ -51,9 +53,15 @@ class Summary:
             "never_run": list(self.never_run),
         }
 
-    def __str__(self) -> str:
+    def _repr_html_(self) -> str:
+        header, body, total = self._table()
+        never = [f"never run by the example: {name}" for name in self.never_run]
+        return htmltext.table(header, [*body, total], notes=never)
+
+    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]], tuple[str, ...]]:
+        """The header, a row for each layer, and the totals."""
         header = ("layer", "kind", "output", "parameters", "MACs", "bytes")
-        body = [
+        body: list[tuple[str, ...]] = [
             (
                 r.name,
                 r.kind,
@@ -64,7 +72,10 @@ class Summary:
             )
             for r in self.rows
         ]
-        total = ("total", "", "", f"{self.parameters:,}", f"{self.macs:,}", f"{self.bytes:,}")
+        return header, body, ("total", "", "", f"{self.parameters:,}", f"{self.macs:,}", f"{self.bytes:,}")
+
+    def __str__(self) -> str:
+        header, body, total = self._table()
         widths = [max(len(row[i]) for row in (header, total, *body)) for i in range(6)]
 
         def line(cells: tuple[str, ...]) -> str:

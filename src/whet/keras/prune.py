@@ -14,6 +14,7 @@ from whet.graph.placement import selected, unmatched
 from whet.graph.views import Masks
 from whet.keras.views import Kernel, kernels, to_numpy, unpruned, walk
 from whet.numerics.criteria import magnitude
+from whet.numerics.histograms import Histogram, histogram
 from whet.numerics.masks import masks_for, most_removed
 from whet.numerics.namespace import numpy_namespace as xp
 from whet.numerics.schedules import Ramp, lay
@@ -58,6 +59,7 @@ class Masker:
         self.skipped: tuple[dict[str, str], ...] = ()
         self.unmatched: tuple[str, ...] = ()
         self._spec, self._chosen = spec, tuple[Kernel, ...]()
+        self._before: dict[str, Histogram | None] = {}
         if spec is not None:
             self._select(model, spec)
         self.hold()
@@ -94,6 +96,7 @@ class Masker:
         gone = [int(self._removed[kernel.name].sum()) if kernel.name in self._removed else 0 for kernel in self._chosen]
         if most_removed(sizes, gone, spec.sparsity, spec.allocation) == 0:
             self._nothing(f"sparsity {spec.sparsity:g} is reached already, or removes less than one weight of any layer")
+        self._before = {kernel.name: histogram(_array(kernel)) for kernel in chosen}
 
     def _nothing(self, why: str) -> None:
         reasons = why or "; ".join(f"{row['name']}: {row['reason']}" for row in self.skipped[:8])
@@ -139,15 +142,25 @@ class Masker:
         return {name: (~removed).astype(np.uint8) for name, removed in self._removed.items()}
 
     def changed(self) -> tuple[dict[str, Any], ...]:
-        """A row for each masked kernel: `{"name", "sparsity"}`."""
-        rows = ({"name": name, "parameters": r.size, "sparsity": int(r.sum()) / r.size} for name, r in self._removed.items())
-        return tuple(row for row in rows if row["sparsity"] > 0)
+        """A row for each masked kernel: `{"name", "parameters", "sparsity", "histogram"}`, the last of kernels pruned here."""
+        rows = []
+        for name, removed in self._removed.items():
+            gone, before = int(removed.sum()), self._before.get(name)
+            if gone:
+                row = {"name": name, "parameters": removed.size, "sparsity": gone / removed.size}
+                drawn = {} if before is None else {"histogram": before.beside(_array(self._kernels[name]))}
+                rows.append(row | drawn)
+        return tuple(rows)
 
     @property
     def sparsity(self) -> float:
         """The fraction removed of all weights that have a mask; 0 without masks."""
         size = sum(int(removed.size) for removed in self._removed.values())
         return self._count() / size if size else 0.0
+
+
+def _array(kernel: Kernel) -> Any:
+    return to_numpy(kernel.variable).astype(np.float32)
 
 
 class Pruner:

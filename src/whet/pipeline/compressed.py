@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from whet import htmltext, texts
 from whet.data import Batches, concatenate, primary
 from whet.errors import DataError, ModelError
 from whet.files import replacing
@@ -61,6 +62,13 @@ class Compressed:
         """What was done, and what was measured of it so far."""
         plain = {"format": FORMAT, "seed": self.seed, **self.data, "steps": [step.to_dict() for step in self.steps]}
         return Report(plain)
+
+    def _repr_html_(self) -> str:
+        kind = type(self.float_model).__name__
+        state = "float" if self.plan is None else f"quantized for {self.plan.target}"
+        kept, size = sum(int(mask.sum()) for mask in self.masks.values()), sum(mask.size for mask in self.masks.values())
+        pruned = f", {texts.percent(1 - kept / size)} of {size:,} masked weights removed" if size else ""
+        return htmltext.heading(f"Compressed {kind}: {state}{pruned}") + htmltext.report_html(self.report.data)
 
     def convert(self) -> Model:
         """A model whose weights are stored as integers.

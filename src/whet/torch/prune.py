@@ -13,6 +13,7 @@ from whet.errors import ModelError, SpecError
 from whet.graph.placement import selected, unmatched
 from whet.graph.views import Masks, WeightView
 from whet.numerics.criteria import magnitude
+from whet.numerics.histograms import Histogram, histogram
 from whet.numerics.masks import masks_for, most_removed
 from whet.numerics.schedules import Ramp, lay
 from whet.records import Step
@@ -56,6 +57,7 @@ class Masker:
         self.unmatched: tuple[str, ...] = ()
         self._spec = spec
         self._views: tuple[WeightView, ...] = ()
+        self._before: dict[str, Histogram | None] = {}
         if spec is not None:
             self._select(model, spec)
         self.hold()
@@ -92,6 +94,7 @@ class Masker:
         gone = [int(self._removed[view.name].sum()) if view.name in self._removed else 0 for view in self._views]
         if most_removed(sizes, gone, spec.sparsity, spec.allocation) == 0:
             self._nothing(f"sparsity {spec.sparsity:g} is reached already, or removes less than one weight of any layer")
+        self._before = {view.name: histogram(_array(view.array)) for view in chosen}
 
     def _nothing(self, why: str) -> None:
         reasons = why or "; ".join(f"{row['name']}: {row['reason']}" for row in self.skipped[:8])
@@ -139,17 +142,25 @@ class Masker:
         return {name: (~removed).to(torch.uint8).cpu().numpy() for name, removed in self._removed.items()}
 
     def changed(self) -> tuple[dict[str, Any], ...]:
-        """A row for each masked weight: `{"name", "sparsity"}`."""
-        rows = (
-            {"name": name, "parameters": r.numel(), "sparsity": int(r.sum()) / r.numel()} for name, r in self._removed.items()
-        )
-        return tuple(row for row in rows if row["sparsity"] > 0)
+        """A row for each masked weight: `{"name", "parameters", "sparsity", "histogram"}`, the last of weights pruned here."""
+        rows = []
+        for name, removed in self._removed.items():
+            gone, before = int(removed.sum()), self._before.get(name)
+            if gone:
+                row = {"name": name, "parameters": removed.numel(), "sparsity": gone / removed.numel()}
+                drawn = {} if before is None else {"histogram": before.beside(_array(self._parameters[name]))}
+                rows.append(row | drawn)
+        return tuple(rows)
 
     @property
     def sparsity(self) -> float:
         """The fraction removed of all weights that have a mask; 0 without masks."""
         size = sum(removed.numel() for removed in self._removed.values())
         return self._counts() / size if size else 0.0
+
+
+def _array(tensor: Any) -> Any:
+    return tensor.detach().float().cpu().numpy()
 
 
 class Pruner:
