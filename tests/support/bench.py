@@ -86,7 +86,7 @@ def sqnr(reference: Any, got: Any) -> float:
 
 def convert_in_process(monkeypatch: Any) -> None:
     """Run TensorFlow's converter in this process, which has loaded it already: seconds less for each file."""
-    module = importlib.import_module("whet.keras.export")
+    module = importlib.import_module("whet.keras.litert_export")
     worker = importlib.import_module("whet.keras.litert_worker")
 
     def run(place: Path, name: str) -> bytes:

@@ -50,7 +50,7 @@ def build() -> Any:
 def state(model: Any) -> Any:
     layers = [(layer.name, type(layer).__name__, layer.trainable, id(layer), sorted(vars(layer))) for layer in model.layers]
     variables = [(v.path, v.trainable, str(v.dtype), id(v)) for v in model.weights]
-    return layers, variables, model.compiled, id(model.optimizer), getattr(model, "note", None), sorted(vars(model))
+    return layers, variables, model.compiled, id(getattr(model, "optimizer", None)), getattr(model, "note", None), sorted(vars(model))
 
 
 def regressor() -> Any:

@@ -221,10 +221,12 @@ def assemble(
     program: Program,
     insert: Callable[[Ref, Tensor], Tensor] | None = None,
     outputs: Callable[[dict[str, Tensor], Any], Any] | None = None,
+    more: list[Tensor] | None = None,
 ) -> Model:
     """A Functional model that runs `program`, with `insert(value, tensor)` in the place of each floating-point value.
 
-    outputs: makes the model's outputs from all tensors by value name and the program's own outputs.
+    outputs: makes the model's outputs from all tensors by value name and the program's own outputs. more: further inputs,
+    that `insert` has made and put there; the model's inputs are then one list.
     """
     given = refs(program.inputs)
     taken: set[str] = set()
@@ -247,7 +249,7 @@ def assemble(
         for ref, tensor in zip(refs(call.outputs), keras.tree.flatten(call.operation(*args, **kwargs)), strict=True):
             keep(ref, tensor)
     found = substituted(program.outputs, tensors)
-    structure = keras.tree.pack_sequence_as(program.inputs, entry)
+    structure = [*entry, *more] if more else keras.tree.pack_sequence_as(program.inputs, entry)
     return keras.Model(structure, found if outputs is None else outputs(tensors, found), name=program.name)
 
 

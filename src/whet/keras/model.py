@@ -135,6 +135,7 @@ def _revive(layer: Layer) -> Layer:
         build = layer.get_build_config()
         if build:
             new.build_from_config(build)
+            new.built = True  # Keras builds the layers and forgets to say so of the model
     return new
 
 

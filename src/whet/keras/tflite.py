@@ -6,12 +6,13 @@ once, and nothing that the outputs do not need. Format: https://github.com/googl
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from whet.errors import require
+from whet.errors import ExportError, require
 
 Array = npt.NDArray[Any]
 EXTRA = "litert"
@@ -87,6 +88,22 @@ class File:
         scales = np.atleast_1d(np.asarray(scale, np.float32))
         zeros = np.broadcast_to(np.asarray(zero_point, np.int64), scales.shape).copy()
         return self.schema.QuantizationParametersT(scale=scales, zeroPoint=zeros, quantizedDimension=axis)
+
+    def join(self, joined: Mapping[int, int]) -> None:
+        """Let what reads an input of the file read another tensor in its place, for each pair; operators are ordered anew."""
+        if not joined:
+            return
+        self.inputs = [index for index in self.inputs if index not in joined]
+        for operator in self.operators:
+            operator.inputs = [joined.get(int(index), int(index)) for index in operator.inputs]
+        waiting, self.operators = self.operators, []
+        while waiting:
+            awaited = {int(index) for operator in waiting for index in operator.outputs}
+            ready = [operator for operator in waiting if awaited.isdisjoint(operator.inputs)]
+            if not ready:
+                raise ExportError("The operators of the file read each other in a circle. Please report the model.")
+            self.operators += ready
+            waiting = [operator for operator in waiting if not awaited.isdisjoint(operator.inputs)]
 
     def add_operator(self, name: str, inputs: list[int], outputs: list[int], version: int = 1) -> Any:
         """A new operator without options, not yet in the list."""
