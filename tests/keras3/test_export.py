@@ -25,7 +25,7 @@ from whet.runtimes.sessions import open_session
 from whet.specs import TARGETS, Float, Int, PerTensor, Quantize
 
 LITERT = TARGETS["litert"]
-module = importlib.import_module("whet.keras.export")
+module = importlib.import_module("whet.keras.litert_export")
 
 
 @pytest.fixture

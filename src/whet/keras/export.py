@@ -1,339 +1,38 @@
-"""Export to LiteRT: the float graph through TensorFlow's converter, then our own codes and scales put into its file.
-
-The converter only ever sees the float model, batch norm folded. Every value that the plan quantizes is one more output
-of what it converts, so that the tensor that holds it in the file is known by its index; weights are found in the file
-by their exact content.
-"""
+"""Export: every file format has its own writer."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import keras
-import numpy as np
-
-from whet.errors import ExportError, MissingExtraError
+from whet.errors import ExportError
 from whet.graph.placement import Plan
-from whet.keras import litert_worker
-from whet.keras.clone import Model, Program, Ref, assemble, refs
-from whet.keras.convert import kernel_codes
-from whet.keras.model import arrange, short
-from whet.keras.quantize import planned, quantized_view
-from whet.keras.tflite import Array, File, schema
-from whet.keras.tflite_integers import Find, Integers, Stored
-from whet.keras.tflite_tidy import tidy
-from whet.keras.trace import lowered
-from whet.numerics.affine import QParams
+from whet.keras.clone import Model
+from whet.keras.litert_export import export_litert
+from whet.keras.onnx_export import export_onnx
+from whet.keras.openvino_export import export_openvino
 from whet.specs import Target
 
-_CONVERTER_SECONDS = 1800
-Order = tuple[int | None, ...]  # the axes of a kernel in the order of the file; None is a new axis
+WRITERS: dict[str, Callable[..., None]] = {
+    ".tflite": export_litert,
+    ".onnx": export_onnx,
+    ".xml": export_openvino,
+}
 
 
 def export(model: Model, plan: Plan | None, target: Target, path: Path, *, example: Any, dynamic: Any = None) -> None:
-    """Write a .tflite file: float without a plan, else with the plan's codes. Inputs and outputs are float32 either way.
+    """Write the file of `target` at `path`: float without a plan, else with the plan's codes.
 
-    dynamic: None makes the first axis of every input the batch axis of any size; axes that the model leaves open take the
-    example's size. A mapping of input names to axes, `{"image": {1: "height"}}`, leaves those open too. False fixes all.
+    Inputs and outputs are float32 either way. dynamic: None makes the first axis of every input the batch axis of any size;
+    axes that the model leaves open take the example's size. A mapping of input names to axes, `{"image": {1: "height"}}`,
+    leaves those open too. False fixes all.
 
     Raises:
-        ExportError: LiteRT has no such form, the converter fails, or a planned value or weight is not in its file.
-        MissingExtraError: TensorFlow or LiteRT is not installed.
+        ExportError: the format has no such form, the model cannot be written, or the file does not do what it must.
+        MissingExtraError: the target's extra is not installed.
     """
-    if target.suffix != ".tflite":
-        raise ExportError(
-            f"A Keras model is exported to .tflite files; the target {target.name!r} has {target.suffix!r} files."
-        )
-    _check_plan(plan)
-    schema()
-    if importlib.util.find_spec("tensorflow") is None:
-        raise MissingExtraError("Exporting to LiteRT needs TensorFlow's converter. Install it with: pip install 'whet[keras]'")
-    program = lowered(model, example) if plan is None else planned(model, plan, example)
-    shapes = _shapes(program, arrange(model, example), dynamic)
-    marks = _marks(program, plan)
-    file = File(_float_file(program, shapes, marks, model.name))
-    tidy(file)
-    if len(file.outputs) != len(marks):
-        raise ExportError(
-            f"The converter made {len(file.outputs)} outputs of {len(marks)}. Please report the model {model.name!r}."
-        )
-    where = {mark: index for mark, index in zip(marks, file.outputs, strict=True)}
-    inputs = [ref.name for ref in refs(program.inputs)]
-    where.update(zip(inputs, file.inputs, strict=True))
-    results = refs(program.outputs)
-    file.outputs = [where[ref.name] for ref in results]
-    file.output_names = _output_names(program)
-    if plan is not None:
-        _put_integers(file, program, plan, where)
-    for index, shape, array in zip(file.inputs, shapes, _trial(program, arrange(model, example)), strict=True):
-        sizes = zip(shape[1:], array.shape[1:], strict=True)  # the size at which the file opens, where an axis is open
-        file.tensors[index].shape = [shape[0] or 1, *(size or int(given) for size, given in sizes)]
-    content = file.to_bytes(_input_names(program))
-    path.write_bytes(content)
-    _try(content, _trial(program, arrange(model, example)), model.name)
-
-
-def _check_plan(plan: Plan | None) -> None:
-    """Raise `ExportError` for what LiteRT files cannot hold."""
-    if plan is None:
-        return
-    wide = next((name for name, params in plan.weights.items() if params.spec.bits > 8), None)
-    if wide is not None:
-        raise ExportError(
-            f"LiteRT stores weights in at most 8 bits, and {wide!r} has {plan.weights[wide].spec.bits}. "
-            "Quantize with weights=Int(8) or fewer bits."
-        )
-    odd = next((name for name, params in plan.values.items() if params.spec.bits != 8), None)
-    if odd is not None:
-        raise ExportError(
-            f"LiteRT's integer kernels compute on 8-bit activations, and {odd!r} has {plan.values[odd].spec.bits} bits. "
-            "Quantize with activations=Int(8, symmetric=False, granularity=PerTensor())."
-        )
-    cast = next((dtype for dtype in plan.casts.values() if dtype != "float16"), None)
-    if cast is not None:
-        raise ExportError(f"LiteRT files hold weights of float16, not of {cast}. Quantize with weights=Float('float16').")
-
-
-def _shapes(program: Program, example: Any, dynamic: Any) -> list[list[int | None]]:
-    """The shape of every input, None where it stays open."""
-    given = refs(program.inputs)
-    arrays = keras.tree.flatten(example)
-    names = _input_names(program)
-    wrong = dynamic is not None and dynamic is not False and not isinstance(dynamic, Mapping)
-    unknown = [name for name in dynamic if name not in names] if isinstance(dynamic, Mapping) else []
-    if wrong or unknown:
-        raise ExportError(
-            f"dynamic must be None (the batch axis), False, or a mapping of inputs to {{axis: name}}; inputs: "
-            f"{', '.join(names)}; got {dynamic!r}."
-        )
-    shapes = []
-    for name, ref, array in zip(names, given, arrays, strict=True):
-        extra = set(dynamic.get(name, ())) if isinstance(dynamic, Mapping) else set()
-        fixed = [axis for axis in extra if not (0 <= axis < len(ref.shape)) or ref.shape[axis] is not None]
-        if fixed:
-            raise ExportError(
-                f"dynamic names axis {fixed[0]} of the input {name!r}, which the model fixes: its shape is {ref.shape}."
-            )
-        opened = set() if dynamic is False else {0, *extra}
-        sizes = zip(ref.shape, array.shape, strict=True)
-        shapes.append([None if s is None and axis in opened else s or int(n) for axis, (s, n) in enumerate(sizes)])
-    return shapes
-
-
-def _marks(program: Program, plan: Plan | None) -> list[str]:
-    """The values that the converter must keep as tensors: the model's outputs, and what the plan speaks of."""
-    marks = [ref.name for ref in refs(program.outputs)]
-    inputs = {ref.name for ref in refs(program.inputs)}
-    if plan is not None:
-        marks += [name for name in plan.values if name not in inputs]
-        if not plan.values:  # the ends of what reads planned weights, so that nothing is multiplied into these
-            marks += _ends(program)
-    return list(dict.fromkeys(marks))
-
-
-def _ends(program: Program) -> list[str]:
-    """The values behind operations with weights and the activation that alone reads them."""
-    readers = program.graph.consumers()
-    outputs = set(program.graph.outputs)
-    found = []
-    for node in program.graph.nodes:
-        if node.weight in program.kernels and node.outputs == 1:
-            following = readers[node.name]
-            fused = len(following) == 1 and following[0].op in ("relu", "relu6") and node.name not in outputs
-            found.append(following[0].name if fused else node.name)
-    return found
-
-
-def _input_names(program: Program) -> list[str]:
-    if isinstance(program.inputs, Mapping):
-        return sorted(program.inputs)
-    return program.input_names
-
-
-def _output_names(program: Program) -> list[str]:
-    """The keys of a model that returns a dict, else `output_0`, `output_1`, …"""
-    if isinstance(program.outputs, Mapping) and all(isinstance(value, Ref) for value in program.outputs.values()):
-        return sorted(program.outputs)
-    return [f"output_{i}" for i in range(len(refs(program.outputs)))]
-
-
-def _float_file(program: Program, shapes: list[list[int | None]], marks: list[str], name: str) -> bytes:
-    """The float .tflite file of `program` that returns `marks`, made by the converter in a process of its own."""
-    given = refs(program.inputs)
-    flat = assemble(program, outputs=lambda tensors, _: [tensors[mark] for mark in marks])
-    flat = keras.Model(flat.inputs, flat.outputs, name="model")
-    dtypes = [ref.dtype for ref in given]
-    with tempfile.TemporaryDirectory(prefix="whet-") as folder:
-        place = Path(folder)
-        try:
-            with _quiet():
-                job = _frozen(flat, shapes, dtypes, place) if keras.backend.backend() == "tensorflow" else _saved(flat, place)
-        except Exception as cause:
-            raise ExportError(f"The model {name!r} could not be handed to TensorFlow's converter: {short(cause)}") from cause
-        (place / "job.json").write_text(json.dumps({**job, "shapes": shapes, "dtypes": dtypes}), encoding="utf-8")
-        return _run(place, name)
-
-
-def _frozen(flat: Model, shapes: list[list[int | None]], dtypes: list[str], place: Path) -> dict[str, Any]:
-    frozen = litert_worker.freeze(flat, shapes, dtypes)
-    (place / "graph.pb").write_bytes(frozen.graph.as_graph_def().SerializeToString())
-    # The graph's own inputs come in its order of making; the names carry ours.
-    placed = {tensor.name.split(":")[0]: tensor.name for tensor in frozen.inputs}
-    inputs = [placed[f"in_{i}"] for i in range(len(shapes))]
-    return {"graph": str(place / "graph.pb"), "inputs": inputs, "outputs": [tensor.name for tensor in frozen.outputs]}
-
-
-def _saved(flat: Model, place: Path) -> dict[str, Any]:
-    flat.save(place / "model.keras")
-    return {"keras": str(place / "model.keras")}
-
-
-def _run(place: Path, name: str) -> bytes:
-    """The converter's file, or its own words in an error."""
-    made = place / "model.tflite"
-    environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": "-1"}
-    command = [sys.executable, "-P", str(Path(litert_worker.__file__)), str(place / "job.json"), str(made)]
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, timeout=_CONVERTER_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as cause:
-        raise ExportError(f"TensorFlow's converter did not finish on the model {name!r}: {cause}") from cause
-    if done.returncode != 0 or not made.exists():
-        raise ExportError(f"TensorFlow's converter failed on the model {name!r}: {_reason(done)}")
-    return made.read_bytes()
-
-
-def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
-    """What a failed process says: its error message, else the signal that ended it."""
-    lines = [line.strip() for line in done.stderr.decode("utf-8", "replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "rror:" in line]
-    said = errors[-1] if errors else lines[-1] if lines else "it said nothing"
-    ended = f"it was ended by signal {-done.returncode}; " if done.returncode < 0 else ""
-    return f"{ended}{said[:600]}"
-
-
-def _put_integers(file: File, program: Program, plan: Plan, where: dict[str, int]) -> None:
-    values: dict[int, QParams] = {}
-    for name, params in plan.values.items():
-        index = where[name]
-        if index in values and (values[index].scale != params.scale or values[index].zero_point != params.zero_point):
-            raise ExportError(f"The converter put {name!r} and another value with another scale into one tensor.")
-        values[index] = params
-    integers = Integers(file, values, _finder(program, plan))
-    integers.apply()
-    missing = sorted({*plan.weights, *plan.casts} - integers.stored)
-    if missing:
-        raise ExportError(
-            f"The weight {missing[0]!r} was not found in what the converter made, so its codes could not be stored. "
-            "Keep that layer float with keep=, and please report the model."
-        )
-
-
-def _finder(program: Program, plan: Plan) -> Find:
-    """Weights by their exact content, in the layouts of the operators that may read them."""
-    found: dict[tuple[str, tuple[int, ...], bytes], Stored | None] = {}
-    for node in program.graph.nodes:
-        if node.weight not in program.kernels:
-            continue
-        name = str(node.weight)
-        array = np.asarray(quantized_view(program.kernels[name]).array, np.float32)
-        for operator, order in _layouts(node.op, array).items():
-            stored = _stored(program, plan, name, array, operator, order)
-            key = (operator, tuple(_arranged(array, order).shape), _arranged(array, order).tobytes())
-            if key in found and not _alike(found[key], stored):
-                raise ExportError(f"Two layers have the same weights as {name!r} and are quantized differently.")
-            found.setdefault(key, stored)
-
-    def find(operator: str, array: Array) -> Stored | None:
-        return found.get((operator, tuple(array.shape), array.tobytes()))
-
-    return find
-
-
-def _stored(
-    program: Program, plan: Plan, name: str, array: Array, operator: str, order: tuple[int | None, ...]
-) -> Stored | None:
-    """What the file holds in the place of a weight; None for one that stays float."""
-    if name in plan.casts:
-        return Stored(name, _arranged(array, order).astype(np.float16))
-    if name not in plan.weights:
-        return None
-    params = plan.weights[name]
-    scale = params.scale if params.axis is None else params.scale.reshape(-1)
-    axis = 3 if operator == "DEPTHWISE_CONV_2D" else 0
-    return Stored(name, _arranged(kernel_codes(program, name, params), order), scale, axis)
-
-
-def _alike(left: Stored | None, right: Stored | None) -> bool:
-    if left is None or right is None or left.scale is None or right.scale is None:
-        return (left is None) == (right is None)
-    return np.array_equal(left.scale, right.scale) and np.array_equal(left.array, right.array)
-
-
-def _layouts(op: str, array: Array) -> dict[str, Order]:
-    """The operators that may read a kernel, and its axes there."""
-    if op == "linear":
-        return {"FULLY_CONNECTED": (1, 0)}
-    if op == "conv_transpose":
-        return {"TRANSPOSE_CONV": (2, 0, 1, 3) if array.ndim == 4 else (1, None, 0, 2)}
-    wide = array.ndim == 3  # (width, in, out)
-    layouts: dict[str, Order] = {"CONV_2D": (2, None, 0, 1) if wide else (3, 0, 1, 2)}
-    if array.shape[-2] == 1:
-        layouts["DEPTHWISE_CONV_2D"] = (1, None, 0, 2) if wide else (2, 0, 1, 3)
-    return layouts
-
-
-def _arranged(array: Array, order: Order) -> Array:
-    turned = array.transpose([axis for axis in order if axis is not None])
-    for place, axis in enumerate(order):
-        if axis is None:
-            turned = np.expand_dims(turned, place)
-    return np.ascontiguousarray(turned)
-
-
-def _trial(program: Program, example: Any) -> list[Array]:
-    """The example's arrays in the file's order."""
-    return [np.asarray(a).astype(r.dtype) for r, a in zip(refs(program.inputs), keras.tree.flatten(example), strict=True)]
-
-
-def _try(content: bytes, arrays: list[Array], name: str) -> None:
-    """Run the file on the example, and on one row of it where its batch axis is open."""
-    from ai_edge_litert.interpreter import Interpreter
-
-    try:
-        with _quiet():
-            interpreter = Interpreter(model_content=content, num_threads=1)
-        details = interpreter.get_input_details()
-        opened = all(item["shape_signature"][0] == -1 for item in details if len(item["shape_signature"]))
-        for rows in (1, len(arrays[0])) if opened else (len(arrays[0]),):
-            for item, array in zip(details, arrays, strict=True):
-                interpreter.resize_tensor_input(item["index"], array[:rows].shape)
-            with _quiet():
-                interpreter.allocate_tensors()
-            for item, array in zip(details, arrays, strict=True):
-                interpreter.set_tensor(item["index"], array[:rows])
-            interpreter.invoke()
-    except (RuntimeError, ValueError) as cause:
-        raise ExportError(f"LiteRT cannot run the file made of the model {name!r}: {short(cause)}") from cause
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Standard error closed to native code, which announces its optimizers and delegates there and raises what matters."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+    writer = WRITERS.get(target.suffix)
+    if writer is None:
+        raise ExportError(f"A Keras model is written to {', '.join(WRITERS)} files; {target.name!r} takes {target.suffix}.")
+    writer(model, plan, target, path, example=example, dynamic=dynamic)

@@ -22,7 +22,7 @@ from whet.keras.model import predict
 from whet.keras.namespace import xp
 from whet.keras.trace import lowered
 from whet.keras.views import Kernel, to_numpy
-from whet.numerics.affine import dequantize, fake_quantize, quantize_bias
+from whet.numerics.affine import QParams, dequantize, fake_quantize, quantize_bias
 from whet.numerics.observers import Range
 from whet.progress import task
 from whet.records import Step
@@ -226,6 +226,10 @@ def bias_codes(program: Program, plan: Plan) -> list[tuple[str, npt.NDArray[np.i
     return found
 
 
+def _alike(one: QParams | None, other: QParams | None) -> bool:
+    return one is not None and other is not None and bool(one.scale == other.scale and one.zero_point == other.zero_point)
+
+
 def inserter(program: Program, plan: Plan) -> Any:
     """What stands behind each value: its quantizer, or nothing where the codes cannot have changed."""
     moved = {"max_pool", "reshape", "flatten", "transpose", "identity", "concat", "pad"}
@@ -235,7 +239,12 @@ def inserter(program: Program, plan: Plan) -> Any:
         for call in program.calls
     }
 
-    averages = {call.node.name for call in program.calls if call.node.op == "avg_pool"}
+    # Where an average has the scale of its input, the runtime takes the mean of the codes themselves.
+    averages = {
+        call.node.name
+        for call in program.calls
+        if call.node.op == "avg_pool" and _alike(plan.values.get(call.node.inputs[0]), plan.values.get(call.node.name))
+    }
 
     def insert(ref: Ref, tensor: Tensor) -> Tensor:
         params = plan.values.get(ref.name)

@@ -1,0 +1,1 @@
+"""File formats that both framework sides write, from one to the other."""
