@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -16,10 +17,11 @@ from whet.errors import OutputError
 def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary path beside `path`; what is written there becomes `path` when the block ends without an error.
 
-    Works for files and folders. On any error the temporary path is removed and `path` is as it was.
+    Works for files and folders. What else is written beside the temporary path (weights in a file of their own) comes to lie
+    beside `path`. On any error all of it is removed and everything is as it was.
 
     Raises:
-        OutputError: `path` exists and `overwrite` is false, or its folder cannot be written.
+        OutputError: `path` or a file beside it exists and `overwrite` is false, or its folder cannot be written.
     """
     path = Path(path)
     if path.exists() and not overwrite:
@@ -35,7 +37,7 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
         ) from cause
     try:
         yield scratch / path.name
-        _swap(scratch / path.name, path, scratch / f"{path.name}.before")
+        _place(scratch, path, overwrite)
     except OSError as cause:
         if isinstance(cause, OutputError):
             raise
@@ -44,6 +46,36 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
         shutil.rmtree(scratch, ignore_errors=True)
         if not path.exists():
             _remove_empty(made)
+
+
+def _place(scratch: Path, path: Path, overwrite: bool) -> None:
+    """Move all that is in `scratch` beside `path`, which comes last: whoever sees it finds the rest."""
+    names = sorted((item.name for item in scratch.iterdir()), key=lambda name: name == path.name)
+    if path.name not in names:
+        raise FileNotFoundError(errno.ENOENT, "nothing was written", str(path))
+    taken = next((name for name in names[:-1] if (path.parent / name).exists()), None)
+    if taken is not None and not overwrite:
+        raise OutputError(
+            f"{str(path.parent / taken)!r}, which belongs to {path.name!r}, exists. Choose another path, remove it, or pass "
+            "overwrite=True (--overwrite)."
+        )
+    before = Path(tempfile.mkdtemp(dir=scratch))
+    moved: list[str] = []
+    try:
+        for name in names:
+            if (path.parent / name).exists() and name != path.name:
+                os.replace(path.parent / name, before / name)
+            if name == path.name:
+                _swap(scratch / name, path, before / name)
+            else:
+                moved.append(name)
+                os.replace(scratch / name, path.parent / name)
+    except OSError:
+        for name in moved:
+            (path.parent / name).unlink(missing_ok=True)
+            if (before / name).exists():
+                os.replace(before / name, path.parent / name)
+        raise
 
 
 def _swap(written: Path, path: Path, aside: Path) -> None:
