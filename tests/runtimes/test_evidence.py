@@ -84,7 +84,7 @@ def test_a_fixed_batch_file_is_timed_with_its_own_batch(tmp_path, labelled):
 
 def test_timed_batches_may_exceed_the_data(onnx_float, labelled):
     data = (labelled[0][:3], labelled[1][:3])
-    evidence = gather({"a": onnx_float[0]}, data, ACCURACY, batch=16, runs=5, progress=False)["a"].evidence
+    evidence = gather({"a": onnx_float[0]}, data, ACCURACY, batches=16, runs=5, progress=False)["a"].evidence
     assert evidence.latency_ms.batch == 16
 
 

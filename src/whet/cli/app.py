@@ -56,6 +56,7 @@ def _whet(
     whet inspect model.keras                 layers, parameters, multiply-accumulates, bytes
     whet measure out/*.onnx --data val.npz   exported files side by side
     whet report out/report.json              what was gained and what was lost
+    whet compare a/report.json b/report.json reports side by side
     whet targets                             what this machine can export to and run
     """
 
@@ -166,21 +167,23 @@ def inspect(
 
 @app.command()
 def measure(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Exported files: .onnx, .tflite.", show_default=False)],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Exported files, or .keras.", show_default=False)],
     data: Annotated[Path, typer.Option(help="Labelled data: an .npz file, or a job.py.", show_default=False)],
     metric: Annotated[str | None, typer.Option(help="A function module:name(outputs, targets).")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
-    batch: Annotated[int, typer.Option(min=1, help="Examples per timed call.")] = 1,
+    threads: Annotated[str, typer.Option(help="Threads of the runtime; several with commas.", metavar="N[,N]")] = "1",
+    batch: Annotated[str, typer.Option(help="Examples per timed call; several with commas.", metavar="N[,N]")] = "1",
     debug: DebugOption = False,
 ) -> None:
     """Run exported files on data, side by side.
 
-    It shows the metric, bytes, latency, and the types that each file stores and computes in. Several files are timed in
-    alternation and compared with the first.
+    It shows the metric, bytes, latency, memory, and the types that each file stores and computes in. Each file is run by
+    the runtime of its suffix (whet targets lists them), a .keras file by Keras. Several files are timed in alternation and
+    compared with the first; the data must be in the layout that each of them takes.
 
     \b
     whet measure out/model.onnx --data val.npz
     whet measure out/original.onnx out/model.onnx --data job.py
+    whet measure model.keras model.tflite --data val.npz --batch 1,8 --threads 1,2
     whet measure model.tflite --data val.npz --metric mymetrics:f1
 
     With a job.py the data is its test(), or its val() where it has none, and the metric its metric.
@@ -189,7 +192,28 @@ def measure(
         from whet.cli.measuring import measure_files
 
         with _labelled(data, metric) as (batches, score):
-            measure_files(files, batches, score, threads=threads, batch=batch)
+            counts, sizes = _numbers("--threads", threads), _numbers("--batch", batch)
+            measure_files(files, batches, score, threads=counts, batches=sizes)
+
+
+@app.command()
+def compare(
+    reports: Annotated[list[Path], typer.Argument(metavar="REPORT.JSON...", help="Two or more.", show_default=False)],
+    debug: DebugOption = False,
+) -> None:
+    """Put several reports side by side.
+
+    It shows the metric, its drop, the bytes, and the latency ratio of each, every one against its own original.
+
+    \b
+    whet compare a/report.json b/report.json
+
+    Reports of different metrics, data or processors are shown, and what cannot be compared between them is said.
+    """
+    with _told(debug):
+        from whet.cli.measuring import compare_reports
+
+        compare_reports(reports)
 
 
 class Format(StrEnum):
@@ -240,15 +264,20 @@ def report(
 
 @app.command()
 def targets() -> None:
-    """List the targets, and what this machine can do.
+    """List the targets, their rules, and what this machine can do.
+
+    The rules say what a runtime computes in integers, on which codes, and which values share a scale.
 
     \b
     whet targets
     """
     from whet.runtimes.targets import available
+    from whet.specs.target import TARGETS
 
     for target in available():
         typer.echo(str(target))
+        for line in TARGETS[target.name].describe():
+            typer.echo(f"    {line}")
 
 
 def _print(report: Any, format: Format, made_by: str | None) -> None:
@@ -337,6 +366,17 @@ def _function(name: str) -> Any:
     if here not in sys.path:
         sys.path.insert(0, here)
     return import_function(name)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """`"1,8"` as numbers."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise SpecError(f"{option} takes integers of at least 1, several with commas (1,8); got {text!r}.")
+    return found
 
 
 def _amount(text: str | None) -> float | str | None:

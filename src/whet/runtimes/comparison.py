@@ -114,7 +114,12 @@ def latency_ratio(original: Measured, compressed: Measured, *, seed: int = 0) ->
     """`{"value", "ci95"}` of the ratio of median times; value None where the files were not timed together."""
     if original.timings is None or compressed.timings is None:
         return {"value": None, "ci95": None, "reason": "the files were not timed"}
-    before, after = original.timings.ms, compressed.timings.ms
+    return timing_ratio(original.timings, compressed.timings, seed=seed)
+
+
+def timing_ratio(original: Timings, compressed: Timings, *, seed: int = 0) -> dict[str, Any]:
+    """`{"value", "ci95"}` of the ratio of the medians of two timings taken in alternation."""
+    before, after = original.ms, compressed.ms
     value = float(np.median(after) / np.median(before))
     if len(before) < 2 or len(before) != len(after):
         return Estimate(value, None, "too few runs for an interval").to_dict()

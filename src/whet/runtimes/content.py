@@ -17,7 +17,9 @@ from whet.errors import ExportError, RuntimeFileError
 from whet.runtimes.sessions import check_file, runtime_of
 
 WEIGHT_TYPES = frozenset({"int8", "uint8", "int4", "uint4", "int2", "uint2"})
+WIDE_TYPES = frozenset({"int16", "uint16"})  # of activations
 BIAS_TYPES = frozenset({"int32", "int64"})  # 64 bits beside 16-bit activations
+BLOCK = 8  # vector kernels work on at least so many channels at once
 _NAMED = 8  # how many offending operators an error names
 
 
@@ -64,8 +66,68 @@ def read_dtypes(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = check_file(path)
     reader = _reader(path)
+    return _dtypes(reader, path, reader.computed(path))
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """All that a file says of itself. dtypes: see `read_dtypes`. operators: see `Evidence`. warnings: in plain words."""
+
+    dtypes: dict[str, Any]
+    operators: dict[str, Any] | None
+    warnings: tuple[str, ...]
+
+
+def read_content(path: str | os.PathLike[str]) -> Content:
+    """The types, the operators by how they compute, and what a user should know of them.
+
+    Raises: as `read_dtypes`.
+    """
+    path = check_file(path)
+    reader = runtime_of(path).reader()
+    if reader is None:
+        return Content({"stored": {}, "computed": {}}, None, ())
+    operations: list[Operation] = reader.computed(path)
+    found = [*_still_float(operations), *_odd_channels(reader.weighted(path))]
+    if hasattr(reader, "cautions"):  # what only this format's reader can know
+        found += reader.cautions(path, operations)
+    return Content(_dtypes(reader, path, operations), _summary(operations), tuple(found))
+
+
+def _summary(operations: Sequence[Operation]) -> dict[str, Any]:
+    known = [operation.delegated for operation in operations if operation.delegated is not None]
+    floats = [operation for operation in operations if operation.data.startswith(("float", "bfloat"))]
+    integers = [operation for operation in operations if operation.data in WEIGHT_TYPES | WIDE_TYPES]
+    summary = {"quantized": len(integers), "float": len(floats), "other": len(operations) - len(integers) - len(floats)}
+    if known:
+        return summary | {"delegated": sum(known)}
+    return summary | {"delegated": None, "reason": "this runtime does not tell which operators a delegate runs"}
+
+
+def _still_float(operations: Sequence[Operation]) -> list[str]:
+    """In a file that computes in integers, the operators with weights that do not."""
+    weighted = [operation for operation in operations if operation.weight is not None]
+    floats = [operation for operation in weighted if not operation.is_integer]
+    if not floats or (len(floats) == len(weighted) and not any(op.weight in WEIGHT_TYPES for op in floats)):
+        return []
+    return [f"still float: {len(floats)} of {len(weighted)} operators with weights run in float: {_list(floats)}"]
+
+
+def _odd_channels(operations: Sequence[Operation]) -> list[str]:
+    odd = [operation for operation in operations if operation.channels is not None and operation.channels % BLOCK]
+    if not odd:
+        return []
+    named = ", ".join(f"{operation.name!r} has {operation.channels}" for operation in odd[:_NAMED])
+    more = f" and {len(odd) - _NAMED} more" if len(odd) > _NAMED else ""
+    return [
+        f"odd channel counts: {len(odd)} of the convolutions have output channels that are no multiple of {BLOCK} ({named}"
+        f"{more}); kernels compute in blocks of {BLOCK} or more and throw the rest away"
+    ]
+
+
+def _dtypes(reader: ModuleType, path: Path, operations: Sequence[Operation]) -> dict[str, Any]:
     computed: dict[str, dict[str, int]] = {}
-    for operation in reader.computed(path):
+    for operation in operations:
         counts = computed.setdefault(operation.op, {})
         counts[operation.dtype] = counts.get(operation.dtype, 0) + 1
     stored: dict[str, int] = reader.stored(path)

@@ -20,11 +20,14 @@ PACKAGES = (
     "onnx",
     "onnxscript",
     "onnxruntime",
+    "openvino",
+    "executorch",
     "ai-edge-litert",
     "ai-edge-quantizer",
 )
 # The instructions that integer and 16-bit kernels choose by, as /proc/cpuinfo names them -> as people do.
 _X86 = "avx avx2 fma avx512f avx512_vnni avx_vnni avx512_bf16 avx512_fp16 amx_int8 amx_bf16"
+VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})  # any of them adds 8-bit products in 32 bits
 X86 = {name: name for name in _X86.split()}
 ARM = {"asimd": "neon", "asimdhp": "fp16", "asimddp": "dotprod", "i8mm": "i8mm", "bf16": "bf16", "sve": "sve", "sve2": "sve2"}
 
@@ -72,6 +75,15 @@ def parse_cpuinfo(text: str) -> tuple[str | None, list[str] | None]:
         return model, None
     present = set(flags.split())
     return model, [name for flag, name in names.items() if flag in present]
+
+
+def cpu_features() -> list[str] | None:
+    """The first processor's instructions that kernels choose by; None where the system does not list them."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return parse_cpuinfo(text)[1]
 
 
 def usable_cores() -> int:

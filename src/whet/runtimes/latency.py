@@ -31,8 +31,8 @@ class Timings:
 
     def latency(self, *, batch: int, threads: int) -> Latency:
         """The record of these times."""
-        p50, p90 = np.quantile(self.ms, [0.5, 0.9])
-        return Latency(float(p50), float(p90), batch, threads, len(self.ms), self.cpu_per_wall)
+        p50, p90, p99 = (float(value) for value in np.quantile(self.ms, [0.5, 0.9, 0.99]))
+        return Latency(p50, p90, batch, threads, len(self.ms), self.cpu_per_wall, p99)
 
 
 def alternate(
@@ -72,15 +72,19 @@ def noise(latency: Latency) -> str | None:
     """Why these times may mislead, in plain words; None where they look sound."""
     if latency.cpu_per_wall < BUSY:
         return (
-            f"the machine was busy while timing: this process got {100 * latency.cpu_per_wall:.0f} % of one core, so the "
-            "times may be too long; measure again on a quiet machine"
+            f"the machine was busy while timing {_condition(latency)}: this process got {100 * latency.cpu_per_wall:.0f} % of "
+            "one core, so the times may be too long; measure again on a quiet machine"
         )
     if latency.p90 > SPREAD * latency.p50:
         return (
-            f"the times vary: 1 run in 10 took longer than {latency.p90:.3g} ms, the median is {latency.p50:.3g} ms; "
-            "other work or a changing clock rate disturbs them"
+            f"the times of {_condition(latency)} vary: 1 run in 10 took longer than {latency.p90:.3g} ms, the median is "
+            f"{latency.p50:.3g} ms; other work or a changing clock rate disturbs them"
         )
     return None
+
+
+def _condition(latency: Latency) -> str:
+    return f"batch {latency.batch} on {latency.threads} thread{'s' if latency.threads > 1 else ''}"
 
 
 def _block(session: Session, calls: int) -> tuple[int, int]:

@@ -23,6 +23,8 @@ WEIGHTED: dict[str, tuple[int, int, int | None]] = {
     "UNIDIRECTIONAL_SEQUENCE_LSTM": (0, 1, None),
     "UNIDIRECTIONAL_SEQUENCE_RNN": (0, 1, 3),
 }
+# Convolutions -> the axis of the output channels in their kernels.
+_CHANNELS = {"CONV_2D": 0, "DEPTHWISE_CONV_2D": 3}
 
 
 def stored(path: Path) -> dict[str, int]:
@@ -91,7 +93,9 @@ def _walk(model: Any, graph: Any) -> Iterator[Operation]:
             return inputs[place] if place is not None and place < len(inputs) else -1
 
         read = at(data) if at(data) >= 0 else (present + outputs)[0]
-        yield Operation(name, label, types[read], constants.get(at(weight)), constants.get(at(bias)))
+        axis = _CHANNELS.get(name)
+        channels = int(tensors[at(weight)].Shape(axis)) if axis is not None and at(weight) in constants else None
+        yield Operation(name, label, types[read], constants.get(at(weight)), constants.get(at(bias)), channels)
 
 
 def _operator_name(code: Any) -> str:

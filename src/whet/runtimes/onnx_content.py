@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from whet.errors import RuntimeFileError, require
 from whet.runtimes.content import Operation
+from whet.runtimes.environment import VNNI, cpu_features
 from whet.runtimes.onnxruntime import create
 
 # Operators with weights -> the places of (data, weight, bias) among their inputs; None: they take no bias.
@@ -59,6 +61,16 @@ _GIVEN = (
     | dict.fromkeys(("MatMulIntegerToFloat", "DynamicQuantizeMatMul"), "float32")
 )
 _DATA = {"Where": 1, "QLinearConcat": 2, "QLinearWhere": 1}  # the place of the data, where it is not the first input
+_CONVOLUTIONS = frozenset({"Conv", "QLinearConv"})  # kernels of (output channels, …)
+_PORTABLE = 64  # codes up to here cannot overflow 16 bits when two of their products with 8 bits are added
+
+
+@dataclass(frozen=True, slots=True)
+class _Constant:
+    """A value that the file holds, or that follows from such values: the type and shape it is stored in."""
+
+    dtype: str
+    shape: tuple[int, ...] = ()
 
 
 def stored(path: Path) -> dict[str, int]:
@@ -88,6 +100,37 @@ def computed(path: Path) -> list[Operation]:
         return _operations(_load(optimized))
 
 
+def cautions(path: Path, operations: Sequence[Operation]) -> list[str]:
+    """Whether the file computes the same on other x86 processors: where VNNI lacks, 8-bit products are added in 16 bits."""
+    features = cpu_features()
+    if not any(operation.dtype == "uint8/int8" for operation in operations) or not _uses_all_codes(path):
+        return []
+    if features is None or "avx2" not in features:
+        return []
+    if VNNI & set(features):
+        return [
+            "built for processors with VNNI, like this one: on x86 processors without it sums of 8-bit products can overflow "
+            "and outputs change; for those export with the target 'onnxruntime-portable'"
+        ]
+    return [
+        "this processor has no VNNI: sums of 8-bit products can overflow here and outputs change; export with the target "
+        "'onnxruntime-portable'"
+    ]
+
+
+def _uses_all_codes(path: Path) -> bool:
+    """Whether a stored int8 weight has codes beyond ±64."""
+    onnx: Any = require("onnx", "onnx", "Reading an ONNX file")
+    for graph in _graphs(_load(path).graph):
+        for tensor in graph.initializer:
+            if tensor.data_type != onnx.TensorProto.INT8 or len(tensor.dims) < 2:
+                continue
+            codes = onnx.numpy_helper.to_array(tensor, base_dir=str(path.parent)).astype("int16")
+            if codes.size and abs(codes).max() > _PORTABLE:
+                return True
+    return False
+
+
 def _load(path: Path) -> Any:
     onnx: Any = require("onnx", "onnx", "Reading an ONNX file")
     try:
@@ -109,20 +152,21 @@ def _operations(model: Any) -> list[Operation]:
     return list(_walk(model.graph, {}, {}))
 
 
-def _walk(graph: Any, types: dict[str, str], constants: dict[str, str]) -> Iterator[Operation]:
-    """The operations of `graph` in order. types: of each value known. constants: value -> the type that it is stored in."""
+def _walk(graph: Any, types: dict[str, str], constants: dict[str, _Constant]) -> Iterator[Operation]:
+    """The operations of `graph` in order. types: of each value known. constants: value -> what it is stored as."""
     types, constants = dict(types), dict(constants)
     for value in (*graph.input, *graph.output, *graph.value_info):
         types[value.name] = _type(value.type.tensor_type.elem_type)
     for tensor in graph.initializer:
-        types[tensor.name] = constants[tensor.name] = _type(tensor.data_type)
+        types[tensor.name] = _type(tensor.data_type)
+        constants[tensor.name] = _Constant(types[tensor.name], tuple(tensor.dims))
     for node in graph.node:
         inputs = list(node.input)
         produced = _output_type(node, types)
         for name in filter(None, node.output):
             types[name] = types.get(name, produced) if types.get(name) != "unknown" else produced
         if node.op_type == "Constant" or (inputs and all(name in constants for name in inputs if name)):
-            root = constants.get(inputs[0], produced) if inputs else produced
+            root = constants.get(inputs[0], _Constant(produced)) if inputs else _Constant(produced)
             constants.update(dict.fromkeys(node.output, root))
         yield _operation(node, types, constants)
         for attribute in node.attribute:
@@ -130,7 +174,10 @@ def _walk(graph: Any, types: dict[str, str], constants: dict[str, str]) -> Itera
                 yield from _walk(inner, types, constants)
 
 
-def _operation(node: Any, types: dict[str, str], constants: dict[str, str]) -> Operation:
+def _operation(node: Any, types: dict[str, str], constants: dict[str, _Constant]) -> Operation:
+    def stored_as(place: int | None) -> str | None:
+        return constants[name(place)].dtype if name(place) in constants else None
+
     def name(place: int | None) -> str:
         return node.input[place] if place is not None and place < len(node.input) else ""
 
@@ -141,7 +188,8 @@ def _operation(node: Any, types: dict[str, str], constants: dict[str, str]) -> O
             data, weight = weight, data  # a constant on the left of a product
         if name(weight) in constants and name(data) not in constants:
             read = types.get(name(data), "unknown")
-            return Operation(node.op_type, label, read, constants[name(weight)], constants.get(name(bias)))
+            kernel = constants[name(weight)].shape if node.op_type in _CONVOLUTIONS else ()
+            return Operation(node.op_type, label, read, stored_as(weight), stored_as(bias), int(kernel[0]) if kernel else None)
         return Operation(node.op_type, label, types.get(name(data), "unknown"))
     first = name(_DATA.get(node.op_type, 0)) or (node.output[0] if node.output else "")
     return Operation(node.op_type, label, types.get(first, "unknown"))

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from whet.errors import RuntimeFileError
+from whet.errors import MissingExtraError, RuntimeFileError
 from whet.runtimes.base import Session, Slot
 from whet.runtimes.environment import usable_cores
 
@@ -21,10 +21,25 @@ class Runtime:
 
     session: `"module:class"` of its `Session`, called with (path, threads). content: the module that reads what a file
     stores and computes in (`stored`, `weighted` and `computed`, each called with a path), None where nothing reads it.
+    package: the module whose import loads the runtime itself, None where opening a file does.
     """
 
     session: str
     content: str | None
+    package: str | None = None
+
+    def load(self) -> None:
+        """Import what a file needs to be opened, so that opening it can be timed alone.
+
+        Raises:
+            MissingExtraError: the runtime is not installed.
+        """
+        import_module(self.session.partition(":")[0])
+        if self.package is not None:
+            try:
+                import_module(self.package)
+            except ImportError as cause:
+                raise MissingExtraError(f"This file's runtime {self.package!r} could not be imported: {cause}.") from cause
 
     def open(self, path: Path, threads: int) -> Session:
         """The file at `path` as a session."""
@@ -38,11 +53,15 @@ class Runtime:
 
 
 RUNTIMES: dict[str, Runtime] = {
-    "onnxruntime": Runtime("whet.runtimes.onnxruntime:OnnxSession", "whet.runtimes.onnx_content"),
-    "litert": Runtime("whet.runtimes.litert:LiteRTSession", "whet.runtimes.litert_content"),
-    "keras": Runtime("whet.runtimes.keras_file:KerasSession", "whet.runtimes.keras_file"),
+    "onnxruntime": Runtime("whet.runtimes.onnxruntime:OnnxSession", "whet.runtimes.onnx_content", "onnxruntime"),
+    "openvino": Runtime("whet.runtimes.openvino:OpenVINOSession", "whet.runtimes.openvino_content", "openvino"),
+    "litert": Runtime("whet.runtimes.litert:LiteRTSession", "whet.runtimes.litert_content", "ai_edge_litert.interpreter"),
+    "executorch": Runtime(
+        "whet.runtimes.executorch:ExecuTorchSession", "whet.runtimes.executorch_content", "executorch.runtime"
+    ),
+    "keras": Runtime("whet.runtimes.keras_file:KerasSession", "whet.runtimes.keras_file", "keras"),
 }
-SUFFIXES = {".onnx": "onnxruntime", ".tflite": "litert", ".keras": "keras"}
+SUFFIXES = {".onnx": "onnxruntime", ".xml": "openvino", ".tflite": "litert", ".pte": "executorch", ".keras": "keras"}
 # Files that belong to a file of this suffix, where they exist: "{stem}" and "{name}" are the file's own.
 COMPANIONS = {".xml": "{stem}.bin", ".onnx": "{name}.data"}
 

@@ -8,8 +8,13 @@ from importlib.util import find_spec
 from whet.specs.target import TARGETS, Target
 
 # Modules that running a file of the runtime needs, and those that writing one needs besides.
-RUN = {"onnxruntime": ("onnx", "onnxruntime"), "litert": ("ai_edge_litert",)}
-WRITE = {"onnxruntime": ("onnxscript",), "litert": ("flatbuffers",)}
+RUN = {
+    "onnxruntime": ("onnx", "onnxruntime"),
+    "openvino": ("openvino",),
+    "litert": ("ai_edge_litert",),
+    "executorch": ("executorch", "torch"),
+}
+WRITE = {"onnxruntime": ("onnxscript",), "openvino": ("onnx", "onnxscript"), "litert": ("flatbuffers",), "executorch": ()}
 FRAMEWORKS = {"torch": ("torch",), "keras": ("keras", "tensorflow")}
 
 
@@ -30,10 +35,11 @@ class Availability:
     install: str | None
 
     def __str__(self) -> str:
+        about = f"{self.name} ({self.suffix}, from {' or '.join(self.frameworks)})"
         if not self.missing:
-            return f"{self.name} ({self.suffix}, from {' or '.join(self.frameworks)}): ready"
+            return f"{about}: ready"
         can = "runs files, cannot export" if self.runs else "not available"
-        return f"{self.name} ({self.suffix}, from {' or '.join(self.frameworks)}): {can}; missing {', '.join(self.missing)}: {self.install}"
+        return f"{about}: {can}; missing {', '.join(self.missing)}: {self.install}"
 
 
 def available() -> list[Availability]:

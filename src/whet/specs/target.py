@@ -41,18 +41,55 @@ class Target:
     fixed: dict[str, tuple[float, int]] = field(default_factory=dict)
     portable: bool = False
 
+    def describe(self) -> list[str]:
+        """The rules as lines to read: what computes in integers, on which codes."""
+
+        def names(operations: frozenset[str]) -> str:
+            return ", ".join(sorted(operations)) or "none"
+
+        bits = "7 of 8 bits (±63)" if self.portable else "8 bits (±127)"
+        lines = [
+            f"integer operations with weights: {names(self.compute)}; other integer operations: {names(self.quantized)}",
+            f"weights: int8, symmetric, per channel, {bits}; activations: {'int8' if self.signed_activations else 'uint8'}",
+            f"folded into the operation before: {names(self.fused)}; scale of the input kept: {names(self.shared)}",
+        ]
+        if self.joined:
+            lines.append(f"one scale for inputs and output: {names(self.joined)}")
+        if self.fixed:
+            lines.append(f"given output scale: {', '.join(f'{op} {scale:g}' for op, (scale, _) in sorted(self.fixed.items()))}")
+        return lines
+
 
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target(
             "onnxruntime",
-            frameworks=("torch",),
+            frameworks=("torch", "keras"),
             runtime="onnxruntime",
             extra="onnx",
             suffix=".onnx",
             signed_activations=False,
             compute=COMPUTE - {"conv_transpose"},  # ONNX Runtime has no integer kernel for it
+            quantized=frozenset({"add", "mul", "concat", "global_avg_pool", "avg_pool"}),
+        ),
+        Target(
+            "executorch",
+            frameworks=("torch",),
+            runtime="executorch",
+            extra="executorch",
+            suffix=".pte",
+            signed_activations=True,
+            quantized=frozenset({"add", "mul", "concat", "global_avg_pool"}),
+        ),
+        Target(
+            "openvino",
+            frameworks=("torch", "keras"),
+            runtime="openvino",
+            extra="openvino",
+            suffix=".xml",
+            signed_activations=False,
+            # Quantizers behind convolutions too, not on their inputs alone: sums stay in integers, which is faster.
             quantized=frozenset({"add", "mul", "concat", "global_avg_pool", "avg_pool"}),
         ),
         Target(
@@ -75,6 +112,8 @@ TARGETS |= {
     for name in ("onnxruntime",)  # its kernels for processors without VNNI are those that overflow
 }
 
+DEFAULTS = {"torch": "onnxruntime", "keras": "litert"}
+
 
 def find_target(name: str | Target | None, framework: str) -> Target:
     """The target of that name, or the framework's own when None.
@@ -85,7 +124,7 @@ def find_target(name: str | Target | None, framework: str) -> Target:
     if isinstance(name, Target):
         found = name
     elif name is None:
-        found = next(target for target in TARGETS.values() if framework in target.frameworks)
+        found = TARGETS[DEFAULTS[framework]]
     elif isinstance(name, str) and name in TARGETS:
         found = TARGETS[name]
     else:
@@ -93,7 +132,7 @@ def find_target(name: str | Target | None, framework: str) -> Target:
     if framework not in found.frameworks:
         allowed = ", ".join(sorted(t.name for t in TARGETS.values() if framework in t.frameworks))
         raise TargetError(
-            f"Target {found.name!r} is written from {' and '.join(found.frameworks)} models, and this one is a {framework} model. "
-            f"Targets for {framework}: {allowed}."
+            f"Target {found.name!r} is written from {' and '.join(found.frameworks)} models, and this one is a {framework} "
+            f"model. Targets for {framework}: {allowed}."
         )
     return found
