@@ -9,9 +9,11 @@ from typing import Any
 from whet.errors import ExportError
 from whet.graph.placement import Plan
 from whet.specs import Target
+from whet.torch.executorch_export import export_executorch
 from whet.torch.onnx_export import export_onnx
+from whet.torch.openvino_export import export_openvino
 
-WRITERS: dict[str, Callable[..., None]] = {".onnx": export_onnx}
+WRITERS: dict[str, Callable[..., None]] = {".onnx": export_onnx, ".xml": export_openvino, ".pte": export_executorch}
 
 
 def export(model: Any, plan: Plan | None, target: Target, path: Path, *, example: Any, dynamic: Any = None) -> None:

@@ -62,11 +62,14 @@ def _return_plain(module: Any, args: Any, outputs: Any) -> Any:
     return _plain(outputs)
 
 
-def trace_program(model: Any, inputs: Any, dynamic: Any) -> Any:
-    """The exported program of torch.export."""
+def trace_program(model: Any, inputs: Any, dynamic: Any, *, largest: int | None = None) -> Any:
+    """The exported program of torch.export.
+
+    largest: the greatest size of a dynamic axis that names none itself, if it must have one; at least the example's.
+    """
     args, kwargs = arguments(inputs)
     try:
-        shapes = _dynamic_shapes(inputs, dynamic)
+        shapes = dynamic_shapes(inputs, dynamic, largest)
         with quietly(), torch.no_grad():
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except WhetError:
@@ -116,11 +119,13 @@ def take_rows(inputs: Any, rows: int, index: list[int]) -> Any:
     return map_tensors(inputs, lambda t: t[index] if t.ndim and t.shape[0] == rows else t)
 
 
-def _dynamic_shapes(inputs: Any, dynamic: Any) -> Any:
+def dynamic_shapes(inputs: Any, dynamic: Any, largest: int | None = None) -> Any:
+    """What torch.export is told of axes that vary, in the structure of `inputs`; None where none does."""
     if dynamic is False:
         return None
-    rows, batch = row_count(inputs), torch.export.Dim(BATCH_AXIS)
-    named = {} if dynamic is None else _named_axes(inputs, dynamic)
+    rows = row_count(inputs)
+    batch = torch.export.Dim(BATCH_AXIS, max=None if largest is None else max(largest, rows))
+    named = {} if dynamic is None else _named_axes(inputs, dynamic, largest)
 
     def axes(value: Any, name: str) -> Any:
         if isinstance(value, torch.Tensor):
@@ -136,18 +141,23 @@ def _dynamic_shapes(inputs: Any, dynamic: Any) -> Any:
     return axes(kwargs, "") if kwargs else tuple(axes(item, f"input:{i}") for i, item in enumerate(args))
 
 
-def _named_axes(inputs: Any, dynamic: Any) -> dict[str, dict[int, Any]]:
+def _named_axes(inputs: Any, dynamic: Any, largest: int | None) -> dict[str, dict[int, Any]]:
     args, kwargs = arguments(inputs)
-    known = [*kwargs, *(f"input:{i}" for i in range(len(args)))]
+    known = kwargs if kwargs else {f"input:{i}": item for i, item in enumerate(args)}
     if not isinstance(dynamic, Mapping) or any(name not in known for name in dynamic):
         raise ExportError(
             f"dynamic must be None (the batch axis), False, or a mapping of inputs to {{axis: name}}; inputs: "
             f"{', '.join(known)}; got {dynamic!r}."
         )
     dims: dict[str, Any] = {}
+
+    def dim(label: Any, name: str, axis: int) -> Any:
+        label, most = label if isinstance(label, tuple) else (label, largest)
+        sizes = [int(tensor.shape[axis]) for tensor in tensors_in(known[name]) if tensor.ndim > axis]
+        return dims.setdefault(label, torch.export.Dim(label, max=None if most is None else max(most, *sizes)))
+
     return {
-        name: {int(axis): dims.setdefault(label, torch.export.Dim(label)) for axis, label in axes.items()}
-        for name, axes in dynamic.items()
+        name: {int(axis): dim(label, name, int(axis)) for axis, label in axes.items()} for name, axes in dynamic.items()
     }
 
 
