@@ -104,6 +104,25 @@ def test_a_report_as_a_page(report_json, tmp_path) -> None:
     assert run("report", report_json, "--html", page, "--overwrite").exit_code == 0
 
 
+def test_a_report_goes_to_csv_files(report_json, tmp_path) -> None:
+    found = run("report", report_json, "--csv", tmp_path / "numbers")
+    assert found.exit_code == 0 and found.stdout == ""
+    assert (tmp_path / "numbers" / "summary.csv").read_text().startswith("name,original,compressed")
+    again = run("report", report_json, "--csv", tmp_path / "numbers")
+    assert again.exit_code == 2 and "overwrite" in again.stderr
+    assert run("report", report_json, "--csv", tmp_path / "numbers", "--overwrite").exit_code == 0
+
+
+def test_a_report_beside_another_runtimes(report_json, tmp_path) -> None:
+    other = sample_report()
+    other["compressed"] |= {"file": "model.xml", "runtime": {"name": "openvino", "version": "2026.4"}}
+    (tmp_path / "other.json").write_text(json.dumps(other), encoding="utf-8")
+    page = tmp_path / "page.html"
+    found = run("report", report_json, "--beside", tmp_path / "other.json", "--html", page)
+    assert found.exit_code == 0, found.output
+    assert "openvino 2026.4" in page.read_text(encoding="utf-8")
+
+
 def test_a_report_goes_into_a_readme(report_json, tmp_path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- demo -->\n<!-- /demo -->\nb\n", encoding="utf-8")

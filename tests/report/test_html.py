@@ -147,7 +147,8 @@ def test_a_missed_budget_a_missing_latency_and_no_training_are_drawn() -> None:
     found = Page(render_html(Report(data)))
     text = found.all_text()
     assert "Budget MISSED" in text and "not measured" in text and "No interval for the drop: one number" in text
-    assert not any(tag == "svg" for tag, _ in found.tags)
+    charts = [attrs["aria-label"] for tag, attrs in found.tags if tag == "svg" and attrs["class"] == "chart"]
+    assert charts == ["accuracy against the file's size"]
 
 
 def test_a_report_with_the_least_content_is_drawn() -> None:

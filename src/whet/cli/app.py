@@ -102,7 +102,8 @@ def compress(
         def recipe(): ...    a whet.Recipe (optional)
 
     An .npz file holds the arrays x and y, or inputs and targets; with other names, every array is an input of that name
-    and y, targets or labels are the targets. It writes original.*, model.*, report.json and report.html.
+    and y, targets or labels are the targets. It writes original.*, model.*, report.json,
+    report.html, history.csv and summary.csv.
 
     Exit status: 0, or 2 for bad input, or 3 if the budget was missed (the best files are written all the same).
     """
@@ -231,7 +232,11 @@ def report(
     into: Annotated[Path | None, typer.Option(help="Put the Markdown table into this file, with --marker.")] = None,
     marker: Annotated[str | None, typer.Option(help="Between <!-- NAME --> and <!-- /NAME -->.", metavar="NAME")] = None,
     made_by: Annotated[str | None, typer.Option(help="The command that made it, for the Markdown table.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing page.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="Write history.csv and summary.csv to this folder.", metavar="DIR")] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help="Log to this folder for TensorBoard.", metavar="DIR")] = None,
+    mlflow: Annotated[str | None, typer.Option(help="Log a run to this experiment of MLflow.", metavar="NAME")] = None,
+    beside: Annotated[list[Path] | None, typer.Option(help="Other runtimes' report.json files, for the page.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Show what a report.json says.
@@ -243,6 +248,8 @@ def report(
     whet report out/report.json --html report.html
     whet report out/report.json --format md
     whet report out/report.json --into README.md --marker demo --made-by "make demo"
+    whet report onnx/report.json --beside openvino/report.json --html page.html
+    whet report out/report.json --csv numbers/ --tensorboard runs/a --mlflow compression
     """
     with _told(debug):
         from whet.records import Report
@@ -250,6 +257,11 @@ def report(
         if (into is None) != (marker is None):
             raise SpecError("--into FILE and --marker NAME go together: the table is put between the marker's two comments.")
         found = Report.read(path)
+        if beside:
+            from whet.report.view import beside as joined
+
+            found = joined(found, [Report.read(other) for other in beside])
+        sunk = _sink(found, csv, tensorboard, mlflow, overwrite=overwrite)
         if html is not None:
             from whet.report.html import write_html
 
@@ -258,7 +270,7 @@ def report(
             from whet.report.markdown import before_after_table, update_between
 
             update_between(into, marker, before_after_table(found, command=made_by))
-        if html is None and into is None:
+        if html is None and into is None and not sunk:
             _print(found, format, made_by)
 
 
@@ -278,6 +290,19 @@ def targets() -> None:
         typer.echo(str(target))
         for line in TARGETS[target.name].describe():
             typer.echo(f"    {line}")
+
+
+def _sink(report: Any, csv: Path | None, tensorboard: Path | None, mlflow: str | None, *, overwrite: bool) -> bool:
+    """Write the report to the sinks that were named, and say whether there was one."""
+    from whet.report import sinks
+
+    if csv is not None:
+        sinks.write_csv(report, csv, overwrite=overwrite)
+    if tensorboard is not None:
+        sinks.to_tensorboard(report, tensorboard)
+    if mlflow is not None:
+        typer.echo(f"MLflow run {sinks.to_mlflow(report, mlflow)}")
+    return csv is not None or tensorboard is not None or mlflow is not None
 
 
 def _print(report: Any, format: Format, made_by: str | None) -> None:
@@ -390,7 +415,7 @@ def _amount(text: str | None) -> float | str | None:
 
 
 def _written(out: Path, data: dict[str, Any]) -> list[Path]:
-    names = (data["original"]["file"], data["compressed"]["file"], "report.json", "report.html")
+    names = (data["original"]["file"], data["compressed"]["file"], "report.json", "report.html", "history.csv", "summary.csv")
     found = [out / name for name in names]
     missing = [path for path in found if not path.exists()]
     if missing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,15 +14,17 @@ import numpy as np
 
 from whet.data import Batches, rows
 from whet.errors import DataError, OutputError, SpecError
+from whet.files import check_writable, filling
 from whet.numerics.statistics import examples_needed
 from whet.pipeline.compressed import Compressed, as_metric, outputs_of, placement_record, start
-from whet.pipeline.side import Model
+from whet.pipeline.side import Model, side_of
 from whet.pipeline.verbs import expect
 from whet.records import Report
 from whet.report.html import write_html
+from whet.report.sinks import CSV_FILES, write_csv
 from whet.runtimes.content import check_integer
 from whet.runtimes.environment import environment
-from whet.runtimes.evidence import Measured, change, gather, parity
+from whet.runtimes.evidence import Measured, change, gather, parity, score
 from whet.specs import (
     Budget,
     Cubic,
@@ -40,7 +42,7 @@ from whet.specs import (
 )
 
 CALIBRATION_EXAMPLES = 512
-REPORT_FILES = ("report.json", "report.html")
+REPORT_FILES = ("report.json", "report.html", *CSV_FILES)
 ROUNDING = 1e-9  # 0.97 - 0.96 is not above 0.01
 
 
@@ -72,6 +74,7 @@ class Candidate:
     on_val: Measured
     drop: float
     missed: tuple[str, ...]
+    original: Measured  # in the same run
 
 
 def compress(
@@ -90,6 +93,7 @@ def compress(
     progress: bool = True,
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    log: Callable[[Report], object] | None = None,
 ) -> Compressed:
     """Compress a trained `model` under `budget`, export it for `target`, run the exported file, and report.
 
@@ -97,7 +101,8 @@ def compress(
     aggressive until one holds the budget. Decisions are made on `val`; the report is on `test` where it is given. When
     no recipe holds the budget, the best one is returned and `report.data["budget"]` says what was missed.
 
-    With `out`, that folder receives the exported original and model, report.json and report.html.
+    With `out`, that folder receives the exported original and model, report.json, report.html, and the training history and
+    final numbers as CSV. `log` is called with the report at the end: see `whet.report.sinks` for TensorBoard and MLflow.
 
     Raises:
         ModelError, DataError, SpecError, MetricError, TargetError, ExportError: what is wrong, where, what is allowed.
@@ -105,6 +110,10 @@ def compress(
     """
     budget = Budget() if budget is None else budget
     expect("budget", budget, Budget)
+    if log is not None and not callable(log):
+        raise SpecError(
+            f"log must be a function of one report, got {log!r}: log=lambda report: to_tensorboard(report, 'runs')."
+        )
     original = start(model, example=example, seed=seed)
     rules = find_target(target, original.side.FRAMEWORK)
     folder = None if out is None else Path(out)
@@ -128,11 +137,14 @@ def compress(
         device,
         progress,
     )
+    _check_metric(job)
     with tempfile.TemporaryDirectory(prefix="whet-") as temporary:
         chosen, tried = _search(job, original, _recipes(recipe, job), Path(temporary))
         result = _finish(job, chosen, tried, Path(temporary) / names[0])
         if folder is not None:
             _write_output(folder, names, Path(temporary) / names[0], chosen.file, result.report)
+    if log is not None:
+        log(result.report)
     return result
 
 
@@ -186,7 +198,8 @@ def _search(job: Job, original: Compressed, recipes: tuple[Recipe, ...], folder:
         file = made.export(folder / str(index) / f"model{job.target.suffix}", job.target)
         if made.plan is not None and made.plan.values:
             check_integer(file, float_allowed=_float_weights(made))
-        measured = _gather(job, made, baseline, file, job.val, runs=0 if job.budget.latency is None else None)
+        untimed = job.budget.latency is None and len(recipes) == 1  # one recipe is timed at the end
+        measured = _gather(job, made, baseline, file, job.val, runs=0 if untimed else None)
         tried.append(_judge(job, recipe, made, file, measured["original"], measured["model"]))
         if not tried[-1].missed:
             return tried[-1], tried
@@ -196,7 +209,14 @@ def _search(job: Job, original: Compressed, recipes: tuple[Recipe, ...], folder:
 
 
 def _gather(
-    job: Job, made: Compressed, original: Path, model: Path, data: Batches, *, runs: int | None = None
+    job: Job,
+    made: Compressed,
+    original: Path,
+    model: Path,
+    data: Batches,
+    *,
+    runs: int | None = None,
+    processes: bool = False,
 ) -> dict[str, Measured]:
     """Run both files on `data`."""
     kept, size = sum(int(mask.sum()) for mask in made.masks.values()), sum(mask.size for mask in made.masks.values())
@@ -209,6 +229,7 @@ def _gather(
         progress=job.progress,
         like=job.like,
         sparsity={"model": 1 - kept / size} if size else None,
+        processes=processes,
     )
 
 
@@ -231,7 +252,7 @@ def _judge(job: Job, recipe: Recipe, made: Compressed, file: Path, original: Mea
         limit = budget.limit(name, old)
         if limit is not None and new > limit:
             missed.append(f"{name} is {new:,.4g} {unit}, allowed {limit:,.4g}")
-    return Candidate(recipe, made, file, measured, drop, tuple(missed))
+    return Candidate(recipe, made, file, measured, drop, tuple(missed), original)
 
 
 def _unproven(job: Job, original: Measured, measured: Measured, interval: Any) -> str:
@@ -249,7 +270,7 @@ def _finish(job: Job, chosen: Candidate, tried: list[Candidate], baseline: Path)
     """Measure the chosen file beside the original on the reporting data and write the report."""
     data, split = (job.val, "val") if job.test is None else (job.test, "test")
     made = chosen.compressed
-    measured = _gather(job, made, baseline, chosen.file, data)
+    measured = _gather(job, made, baseline, chosen.file, data, processes=True)
     simulated = outputs_of(made.side, made.model, data)
     original, model = measured["original"], measured["model"]
     compared = parity(simulated, model.outputs)
@@ -283,12 +304,21 @@ def _finish(job: Job, chosen: Candidate, tried: list[Candidate], baseline: Path)
                 "bytes": candidate.on_val.evidence.bytes,
                 "met": not candidate.missed,
                 "missed": list(candidate.missed),
+                "chosen": candidate is chosen,
+                "on_val": _on_val(candidate.on_val),
+                "original_on_val": _on_val(candidate.original),
             }
             for candidate in tried
         ],
         "warnings": warnings,
     }
     return made
+
+
+def _on_val(measured: Measured) -> dict[str, Any]:
+    """What the charts of accuracy against size and latency show of one file."""
+    plain = measured.evidence.to_dict()
+    return {key: plain[key] for key in ("metric", "bytes", "gzip_bytes", "latency_ms")}
 
 
 def _recipes(recipe: Any, job: Job) -> tuple[Recipe, ...]:
@@ -321,6 +351,16 @@ def _float_weights(made: Compressed) -> int:
     return len({row["name"] for row in made.steps[-1].skipped})
 
 
+def _check_metric(job: Job) -> None:
+    """Refuse, before any work, a metric that cannot score the model's outputs for the first batch of val.
+
+    A metric of the whole may need all of it, and is not tried.
+    """
+    inputs, targets = job.val.first()
+    if targets is None or job.metric.per_example:
+        score(side_of(job.model).predict(job.model, inputs), Batches([(inputs, targets)], "val"), job.metric)
+
+
 def _check_output(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
     """Refuse, before any work, an output that would lose something or cannot be written."""
     present = [name for name in names if (folder / name).exists()]
@@ -330,22 +370,14 @@ def _check_output(folder: Path, names: Sequence[str], *, overwrite: bool) -> Non
         )
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{str(folder)!r} is a file; out must name a folder.")
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not os.access(parent, os.W_OK):
-        raise OutputError(f"Cannot write to {str(parent)!r}: permission denied. Choose a folder you may write to.")
+    check_writable(folder)
 
 
 def _write_output(folder: Path, names: Sequence[str], original: Path, model: Path, report: Report) -> None:
-    """Write the four files beside their places first, then rename them: all of them appear, or none is half-written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".whet-", dir=folder) as temporary:
-            staged = [Path(temporary) / name for name in names]
-            staged[0].write_bytes(original.read_bytes())
-            staged[1].write_bytes(model.read_bytes())
-            staged[2].write_text(report.to_json(), encoding="utf-8")
-            write_html(report, staged[3])
-            for path in staged:
-                os.replace(path, folder / path.name)
-    except OSError as cause:
-        raise OutputError(f"Cannot write to {str(folder)!r}: {cause.strerror or cause}.") from cause
+    """Write the files beside their places first, then rename them: all of them appear, or none is half-written."""
+    with filling(folder) as scratch:
+        (scratch / names[0]).write_bytes(original.read_bytes())
+        (scratch / names[1]).write_bytes(model.read_bytes())
+        (scratch / names[2]).write_text(report.to_json(), encoding="utf-8")
+        write_html(report, scratch / names[3])
+        write_csv(report, scratch)

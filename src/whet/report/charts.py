@@ -14,7 +14,7 @@ from whet.report import words
 
 WIDTH, HEIGHT = 360.0, 190.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 10.0, 22.0, 26.0
-_DOTS = 80  # beyond this many epochs a line has no dots
+_DOTS, _HITS = 80, 400  # beyond this many epochs the dots of a line are not drawn, and not told to the pointer
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,10 @@ class Marker:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One curve over the epochs. lines: polylines, cut where a value is missing. shade: right end of the pruning ramp."""
+    """One curve over the epochs. lines: polylines, cut where a value is missing. shade: right end of the pruning ramp.
+
+    is_dotted: whether the dots are drawn; the pointer finds them all the same.
+    """
 
     title: str
     lines: tuple[str, ...]
@@ -55,6 +58,7 @@ class Panel:
     y_ticks: tuple[Tick, ...]
     markers: tuple[Marker, ...]
     shade: float | None
+    is_dotted: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +127,10 @@ def _panel(
     return Panel(
         title=title,
         lines=tuple(" ".join(line) for line in lines if line),
-        dots=tuple(dots) if len(dots) <= _DOTS else (),
+        dots=tuple(dots[:: math.ceil(len(dots) / _HITS)]),
+        is_dotted=len(dots) <= _DOTS,
         x_ticks=tuple(Tick(x(e), str(e)) for e in _epoch_ticks(first, epochs[-1])),
-        y_ticks=tuple(Tick(y(value), _label(value, ticks, in_percent)) for value in ticks),
+        y_ticks=tuple(Tick(y(value), tick_label(value, ticks, in_percent)) for value in ticks),
         markers=_markers(stop, epochs, x),
         shade=None if ramp_end is None else x(ramp_end),
     )
@@ -172,7 +177,7 @@ def _epoch_ticks(first: int, last: int) -> list[int]:
     return list(range(first, last + 1, step))
 
 
-def _label(value: float, ticks: Sequence[float], in_percent: bool) -> str:
+def tick_label(value: float, ticks: Sequence[float], in_percent: bool) -> str:
     step, shown = ticks[1] - ticks[0], value
     if in_percent:
         step, shown = step * 100, value * 100

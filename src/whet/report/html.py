@@ -14,7 +14,8 @@ import yaml
 
 from whet.files import replacing
 from whet.records import Report
-from whet.report import charts, words
+from whet.report import charts, histograms, words
+from whet.report.tradeoff import scatters
 from whet.report.view import Layer, View, view_of
 
 
@@ -34,6 +35,7 @@ COLUMNS = (
     Column("bits", lambda layer: layer.bits),
     Column("scheme", lambda layer: layer.scheme, numeric=False),
     Column("SQNR, dB", lambda layer: layer.error_db, "{:.1f}".format),
+    Column("sensitivity", lambda layer: layer.sensitivity, words.significant),
 )
 
 
@@ -67,6 +69,10 @@ def render_html(report: Report) -> str:
         cards=_cards(data),
         columns=[column for column in COLUMNS if any(column.value(layer) is not None for layer in view.layers)],
         whiskers=charts.whiskers([data["original"]["metric"], data["compressed"]["metric"]]),
+        drawn_steps=sorted({number for layer in view.layers for number in layer.histograms}),
+        drawn=histograms.drawn,
+        mini=histograms,
+        scatters=scatters(data),
         trainings=[(step, charts.training_panels(step.train)) for step in view.steps if step.train],
         skipped=_by_reason(view),
         recipe=_recipe_yaml(data),

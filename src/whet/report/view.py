@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from whet.errors import RuntimeFileError
@@ -35,7 +35,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One weight over all steps; what no step said is None. error_db: SQNR of the stored weight in dB."""
+    """One weight over all steps; what no step said is None. error_db: SQNR of the stored weight in dB. sensitivity: what the
+    metric lost with this weight alone changed. histograms: number of a step -> the values before and after it."""
 
     name: str
     parameters: int | None = None
@@ -43,6 +44,11 @@ class Layer:
     bits: int | None = None
     scheme: str | None = None
     error_db: float | None = None
+    sensitivity: float | None = None
+    histograms: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+
+
+_ROW = ("parameters", "sparsity", "bits", "scheme", "error_db", "sensitivity")  # of a changed weight, as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +86,19 @@ class View:
     layers: tuple[Layer, ...]
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
+
+
+def beside(report: Report, others: Sequence[Report]) -> Report:
+    """`report` with the compressed files of `others` in its comparison of runtimes.
+
+    Raises:
+        RuntimeFileError: a report lacks an entry.
+    """
+    for each in (report, *others):
+        for path in _NEEDED:
+            _require(each.data, path)
+    known = report.data.get("runtimes") or [report.data["original"], report.data["compressed"]]
+    return Report({**report.data, "runtimes": [*known, *(other.data["compressed"] for other in others)]})
 
 
 def view_of(report: Report) -> View:
@@ -205,10 +224,13 @@ def _step(number: int, step: Mapping[str, Any]) -> StepView:
 def _layers(steps: list[Mapping[str, Any]]) -> tuple[Layer, ...]:
     """One entry per changed weight, later steps filling in and replacing what earlier ones said."""
     found: dict[str, dict[str, Any]] = {}
-    for step in steps:
+    for number, step in enumerate(steps, 1):
         for item in step["changed"]:
-            known = {key: item[key] for key in Layer.__slots__ if item.get(key) is not None}
-            found.setdefault(str(item["name"]), {}).update(known, name=str(item["name"]))
+            known = {key: item[key] for key in _ROW if item.get(key) is not None}
+            fields = found.setdefault(str(item["name"]), {"histograms": {}})
+            fields.update(known, name=str(item["name"]))
+            if item.get("histogram") is not None:
+                fields["histograms"][number] = item["histogram"]
     return tuple(Layer(**fields) for fields in found.values())
 
 

@@ -19,6 +19,92 @@ document.querySelectorAll("table.sortable th button").forEach((button) => {
   });
 });
 
+// Values under the pointer, under a finger, and by the arrow keys on a chart that has the focus. Without scripts, titles tell them.
+const tip = document.createElement("div");
+tip.id = "tip";
+tip.setAttribute("role", "status");
+tip.hidden = true;
+document.body.append(tip);
+
+const tell = (text, x, y) => {
+  tip.textContent = text;
+  tip.hidden = false;
+  const { width, height } = tip.getBoundingClientRect();
+  tip.style.left = `${Math.max(8, Math.min(x + 14, innerWidth - width - 8))}px`;
+  tip.style.top = `${y - height - 12 < 8 ? y + 18 : y - height - 12}px`;
+};
+const leave = (chart) => {
+  tip.hidden = true;
+  chart.querySelectorAll(".on").forEach((part) => part.classList.remove("on"));
+  chart.querySelectorAll(".cursor").forEach((part) => part.remove());
+};
+
+// Each kind of chart says how many places it has, which is under the pointer, and how to show one: its text, and where.
+const marks = (chart) => {
+  const parts = [...chart.querySelectorAll(".hit")];
+  parts.forEach((part) => {
+    const title = part.querySelector("title");
+    part.dataset.tip = title.textContent;
+    part.setAttribute("aria-label", title.textContent);
+    title.remove();
+  });
+  return {
+    count: parts.length,
+    at: (event) => parts.indexOf(event.target.closest(".hit")),
+    show: (index) => {
+      parts[index].classList.add("on");
+      const box = parts[index].querySelector(".halo").getBoundingClientRect();
+      return [parts[index].dataset.tip, box.left + box.width / 2, box.top + box.height / 2];
+    },
+  };
+};
+const bins = (chart) => {
+  chart.querySelector("title").remove();
+  const [before, after] = [chart.dataset.before, chart.dataset.after].map((counts) => counts.split(",").map(Number));
+  const [low, high, total] = [Number(chart.dataset.low), Number(chart.dataset.high), before.reduce((a, b) => a + b, 0)];
+  const edge = (index) => Number((low + ((high - low) * index) / before.length).toPrecision(3));
+  const share = (count) => `${count.toLocaleString("en")} (${((100 * count) / total).toFixed(1)} %)`;
+  return {
+    count: before.length,
+    at: (event) => {
+      const box = chart.getBoundingClientRect();
+      return Math.min(before.length - 1, Math.max(0, Math.floor(((event.clientX - box.left) / box.width) * before.length)));
+    },
+    show: (index) => {
+      const { width, height } = chart.viewBox.baseVal;
+      const cursor = document.createElementNS(chart.namespaceURI, "rect");
+      const place = { class: "cursor", x: (width * index) / before.length, y: 0, width: width / before.length, height };
+      Object.entries(place).forEach(([name, value]) => cursor.setAttribute(name, value));
+      chart.append(cursor);
+      const box = cursor.getBoundingClientRect();
+      const said = `${edge(index)} to ${edge(index + 1)}\nbefore: ${share(before[index])}\nafter: ${share(after[index])}`;
+      return [said, box.left + box.width / 2, box.top];
+    },
+  };
+};
+document.querySelectorAll("svg.chart").forEach((chart) => {
+  const places = chart.classList.contains("hist") ? bins(chart) : marks(chart);
+  if (!places.count) return;
+  let current = -1;
+  const show = (index) => {
+    leave(chart);
+    current = index;
+    if (index >= 0) tell(...places.show(index));
+  };
+  chart.tabIndex = 0;
+  chart.addEventListener("pointermove", (event) => show(places.at(event)));
+  chart.addEventListener("pointerdown", (event) => show(places.at(event)));
+  chart.addEventListener("pointerleave", () => leave(chart));
+  chart.addEventListener("blur", () => leave(chart));
+  chart.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (event.key === "Escape") leave(chart);
+    if (!step) return;
+    event.preventDefault();
+    show(current < 0 ? 0 : (current + step + places.count) % places.count);
+  });
+});
+
 const copy = document.getElementById("copy-recipe");
 if (copy) {
   copy.hidden = false;
