@@ -144,6 +144,8 @@ def test_a_missed_budget_a_missing_latency_and_no_training_are_drawn() -> None:
     data["original"]["metric"]["ci95"] = data["compressed"]["metric"]["ci95"] = None
     data["change"]["metric_drop"] = {"value": 0.1, "ci95": None, "reason": "one number"}
     data["steps"] = [data["steps"][1]]
+    for candidate in data["candidates"]:
+        candidate["on_val"]["latency_ms"] = None
     found = Page(render_html(Report(data)))
     text = found.all_text()
     assert "Budget MISSED" in text and "not measured" in text and "No interval for the drop: one number" in text

@@ -49,7 +49,8 @@ def test_files_that_were_not_timed_say_so() -> None:
 
 def test_layers_gather_what_all_steps_said() -> None:
     view = view_of(Report(sample_report()))
-    assert view.layers[0] == Layer("conv1.weight", 90, 0.8, 8, "symmetric per channel", 38.1)
+    drawn = {number: step["changed"][0]["histogram"] for number, step in enumerate(sample_report()["steps"], 1)}
+    assert view.layers[0] == Layer("conv1.weight", 90, 0.8, 8, "symmetric per channel", 38.1, histograms=drawn)
     assert [layer.name for layer in view.layers] == ["conv1.weight", "conv2.weight", f"{EVIL}.weight", "fc2.weight"]
 
 
