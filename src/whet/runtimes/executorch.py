@@ -72,8 +72,8 @@ class ExecuTorchSession(Session):
         free = told.get("free") or [list(range(len(tensor.sizes))) if _is_dynamic(tensor) else [] for tensor in given]
         outputs = told.get("outputs") or [f"output_{i}" for i in range(len(returned))]
         self.inputs = tuple(_slot(*item) for item in zip(names, given, free, strict=True))
-        everything = [list(range(len(tensor.sizes))) if _is_dynamic(tensor) else [] for tensor in returned]
-        self.outputs = tuple(_slot(*item) for item in zip(outputs, returned, everything, strict=True))
+        bound = [list(range(len(tensor.sizes))) if _is_dynamic(tensor) else [] for tensor in returned]  # which, it does not say
+        self.outputs = tuple(_slot(*item) for item in zip(outputs, returned, bound, strict=True))
         bounds = [int(tensor.sizes[0]) for tensor, axes in zip(given, free, strict=True) if 0 in axes]
         self.largest_batch: int | None = min(bounds) if bounds else None
 

@@ -16,15 +16,19 @@ from whet.torch.file_check import check_runs, output_names
 from whet.torch.interception import tensors_in
 from whet.torch.model import call, to_numpy, to_tensors
 from whet.torch.program import (
+    arguments,
     at_least_two,
     check_sites,
     first_line,
     quietly,
     ready,
+    row_count,
+    take_rows,
     trace_program,
 )
 
 LARGEST_AXIS = 64  # ExecuTorch plans its memory for the largest size of a dynamic axis
+_TRACED_ROWS = 16
 SIGNATURE = "whet_signature"  # a method beside `forward` that returns the names and free axes as JSON
 _POOLS = (torch.ops.aten.avg_pool2d.default, torch.ops.aten.adaptive_avg_pool2d.default)
 
@@ -41,13 +45,27 @@ def export_executorch(model: Any, plan: Plan | None, target: Target, path: Path,
     """
     require("executorch.runtime", "executorch", "Exporting to ExecuTorch")
     work = ready(model, plan, target)
-    inputs = at_least_two(to_tensors(example, torch.device("cpu"), torch.float32))
+    inputs = _enough_rows(to_tensors(example, torch.device("cpu"), torch.float32), dynamic)
     program = trace_program(work, inputs, dynamic, largest=LARGEST_AXIS)
     check_sites(work, plan)
     program = _for_xnnpack(program, inputs, dynamic)
     buffer = _lower(program, _signature(work, program, inputs), type(model).__name__)
     path.write_bytes(buffer)
     check_runs(work, lambda batch: _run_file(path, batch), path, inputs, dynamic, quantized=plan is not None)
+
+
+def _enough_rows(inputs: Any, dynamic: Any) -> Any:
+    """The example repeated to 16 rows where the batch varies: traced with fewer, convolutions bound it to 15 (a rule of a
+    library that PyTorch asks, NNPACK's, which would end in the file)."""
+    names, rows = list(arguments(inputs)[1]), row_count(inputs)
+    if isinstance(dynamic, Mapping):
+        names = names or [f"input:{i}" for i in range(len(arguments(inputs)[0]))]
+        varies = all(0 in dynamic.get(name, {}) for name in names)
+    else:
+        varies = dynamic is None
+    if not varies:
+        return at_least_two(inputs)
+    return take_rows(inputs, rows, [row % rows for row in range(max(rows, _TRACED_ROWS))])
 
 
 def _for_xnnpack(program: Any, inputs: Any, dynamic: Any) -> Any:
