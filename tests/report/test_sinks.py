@@ -30,14 +30,21 @@ def test_csv_has_every_epoch_and_the_final_numbers(tmp_path) -> None:
     assert [float(row["loss"]) for row in history] == [row["loss"] for row in plain]
     assert history[3]["step"] == "1" and history[3]["epoch"] == "3" and history[3]["eligible"] == ""
     by_name = {row["name"]: row for row in final}
-    assert by_name["bytes"] == {"name": "bytes", "original": "89412", "compressed": "27104", "change": "0.3031", "low": "", "high": ""}
+    assert by_name["bytes"] == {
+        "name": "bytes",
+        "original": "89412",
+        "compressed": "27104",
+        "change": "0.3031",
+        "low": "",
+        "high": "",
+    }
     assert by_name["accuracy (change: drop)"]["low"] == "-0.0083"
     assert by_name["latency_p50_ms"]["change"] == "1.286" and by_name["latency_p50_ms"]["high"] == "1.33"
 
 
 def test_csv_replaces_only_when_told(tmp_path) -> None:
     (tmp_path / "summary.csv").write_text("mine")
-    with pytest.raises(OutputError, match="summary.csv"):
+    with pytest.raises(OutputError, match=r"summary\.csv"):
         write_csv(report(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["summary.csv"]  # nothing was written before it was refused
     write_csv(report(), tmp_path, overwrite=True)
@@ -56,7 +63,7 @@ def test_a_name_is_never_a_formula_and_commas_stay_in_their_cell() -> None:
     data = sample_report()
     data["original"]["metric"]["name"] = '=HYPERLINK("x","y")'
     first = rows_of(summary_csv(Report(data)))[0]
-    assert first["name"].startswith("'=HYPERLINK(\"x\",\"y\")") and float(first["original"]) == 0.975
+    assert first["name"].startswith('\'=HYPERLINK("x","y")') and float(first["original"]) == 0.975
 
 
 def test_a_report_without_measurements_is_refused(tmp_path) -> None:
@@ -117,7 +124,9 @@ def test_mlflow_says_what_it_could_not_store(mlflow, tmp_path) -> None:
         to_mlflow(report())
 
 
-@pytest.mark.parametrize(("sink", "module", "extra"), [(to_tensorboard, "tensorboard.summary", "tensorboard"), (to_mlflow, "mlflow", "mlflow")])
+@pytest.mark.parametrize(
+    ("sink", "module", "extra"), [(to_tensorboard, "tensorboard.summary", "tensorboard"), (to_mlflow, "mlflow", "mlflow")]
+)
 def test_a_sink_that_is_not_installed_names_its_extra(sink, module, extra, monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=rf"whet\[{extra}\]"):

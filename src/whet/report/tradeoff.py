@@ -11,8 +11,20 @@ from whet.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Tick, ni
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a label stands: its baseline's start, middle or end."""
+
+    x: float
+    y: float
+    anchor: str
+
+
+@dataclass(frozen=True, slots=True)
 class Point:
-    """One file, in SVG units. kind: "original", "candidate" or "chosen". low, high: the ends of the metric's interval."""
+    """One file, in SVG units. kind: "original", "candidate" or "chosen". low, high: the ends of the metric's interval.
+
+    place: where its label stands, None where it would cover another's.
+    """
 
     x: float
     y: float
@@ -20,7 +32,7 @@ class Point:
     high: float
     kind: str
     label: str
-    anchor: str
+    place: Place | None
     tip: str
 
 
@@ -111,11 +123,12 @@ def _scatter(title: str, files: Sequence[_File], position: Any, said: Any, split
         return round(HEIGHT - BOTTOM - (value - ticks[0]) / (ticks[-1] - ticks[0]) * (HEIGHT - TOP - BOTTOM), 1)
 
     points = []
-    for file, (value, low, high) in zip(files, spans, strict=True):
+    places = _places([(x(position(file)), y(span[0]), file.label) for file, span in zip(files, spans, strict=True)])
+    for file, (value, low, high), place in zip(files, spans, places, strict=True):
         at = x(position(file))
         lines = [file.label, words.score_with_interval(file.metric), said(position(file)), file.recipe]
         tip = "\n".join(line for line in lines if line)
-        points.append(Point(at, y(value), y(low), y(high), file.kind, file.label, "end" if at > WIDTH * 0.65 else "start", tip))
+        points.append(Point(at, y(value), y(low), y(high), file.kind, file.label, place, tip))
     step = said(x_ticks[-1]).split()[-1]
     return Scatter(
         title,
@@ -124,6 +137,33 @@ def _scatter(title: str, files: Sequence[_File], position: Any, said: Any, split
         tuple(Tick(y(value), tick_label(value, ticks, in_percent)) for value in ticks),
         f"On the {split.removeprefix('the ')}; bars are 95 % confidence intervals.",
     )
+
+
+def _places(labelled: Sequence[tuple[float, float, str]]) -> list[Place | None]:
+    """A place for each label beside, above or below its point, where it covers neither a point nor an earlier label."""
+    taken = [(x - 7, y - 7, x + 7, y + 7) for x, y, _ in labelled]
+    found: list[Place | None] = []
+    for x, y, label in labelled:
+        width, chosen = 6.6 * len(label), None
+        for place in (
+            Place(x + 9, y + 4, "start"),
+            Place(x - 9, y + 4, "end"),
+            Place(x, y - 11, "middle"),
+            Place(x, y + 19, "middle"),
+        ):
+            left = place.x - {"start": 0.0, "middle": width / 2, "end": width}[place.anchor]
+            box = (left, place.y - 10, left + width, place.y + 2)
+            inside = box[0] >= LEFT and box[2] <= WIDTH and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM + 4
+            if inside and not any(_overlap(box, other) for other in taken):
+                chosen = place
+                taken.append(box)
+                break
+        found.append(chosen)
+    return found
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _plain_tick(value: float, unit: str) -> str:

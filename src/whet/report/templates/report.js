@@ -94,7 +94,10 @@ document.querySelectorAll("svg.chart").forEach((chart) => {
   chart.tabIndex = 0;
   chart.addEventListener("pointermove", (event) => show(places.at(event)));
   chart.addEventListener("pointerdown", (event) => show(places.at(event)));
-  chart.addEventListener("pointerleave", () => leave(chart));
+  // A lifted finger leaves the values standing, until it touches something else or scrolls.
+  chart.addEventListener("pointerleave", (event) => event.pointerType === "touch" || leave(chart));
+  chart.addEventListener("pointercancel", () => leave(chart));
+  document.addEventListener("pointerdown", (event) => chart.contains(event.target) || leave(chart), true);
   chart.addEventListener("blur", () => leave(chart));
   chart.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
