@@ -194,7 +194,7 @@ def measure(
 
         with _labelled(data, metric) as (batches, score):
             counts, sizes = _numbers("--threads", threads), _numbers("--batch", batch)
-            measure_files(files, batches, score, threads=counts, batches=sizes)
+            measure_files(files, batches, score, what=data.name, threads=counts, batches=sizes)
 
 
 @app.command()

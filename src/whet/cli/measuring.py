@@ -20,15 +20,17 @@ from whet.runtimes.evidence import Measured, change, gather
 from whet.specs import Metric
 
 
-def measure_files(files: Sequence[Path], data: Any, metric: Any, *, threads: Sequence[int], batches: Sequence[int]) -> None:
-    """Measure `files` on `data` and print them beside each other, with what changed against the first.
+def measure_files(
+    files: Sequence[Path], data: Any, metric: Any, *, what: str, threads: Sequence[int], batches: Sequence[int]
+) -> None:
+    """Measure `files` on `data`, which errors call `what`, and print them side by side, with what changed since the first.
 
     Raises:
         RuntimeFileError, DataError, MetricError: a file, the data or the metric cannot be used.
     """
     if len(set(files)) < len(files):
         raise SpecError("Each file is measured once; one of them was given twice.")
-    labelled = Batches(data, "data")
+    labelled = Batches(data, what)
     score = as_metric(metric, labelled)
     named = {str(path): path for path in files}
     measured = gather(named, labelled, score, threads=threads, batches=batches, processes=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -109,15 +110,25 @@ class Compressed:
             self.side.export(self.float_model, self.plan, rules, temporary, example=self.example, dynamic=dynamic)
         return Path(path)
 
-    def measure(self, data: Any, metric: Any = None, target: str | Target | None = None, *, progress: bool = True) -> Evidence:
+    def measure(
+        self,
+        data: Any,
+        metric: Any = None,
+        target: str | Target | None = None,
+        *,
+        batches: int | Sequence[int] = 1,
+        threads: int | Sequence[int] = 1,
+        progress: bool = True,
+    ) -> Evidence:
         """Export to a temporary file and measure that file: see `whet.measure`."""
         from whet.runtimes.evidence import gather
 
-        batches = Batches(data, "data")
+        labelled = Batches(data, "data")
         rules = find_target(target or self.target, self.side.FRAMEWORK)
         with tempfile.TemporaryDirectory() as folder:
             path = self.export(Path(folder) / f"model{rules.suffix}", rules)
-            measured = gather({"model": path}, batches, as_metric(metric, batches), progress=progress)
+            timed: dict[str, Any] = {"batches": batches, "threads": threads, "processes": True}
+            measured = gather({"model": path}, labelled, as_metric(metric, labelled), progress=progress, **timed)
             return replace(measured["model"].evidence, placement=placement_record(self.plan))
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:

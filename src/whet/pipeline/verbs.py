@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,12 +168,20 @@ def quantize(
 
 
 def measure(
-    model: Any, data: Any, *, metric: Any = None, target: str | Target | None = None, progress: bool = True
+    model: Any,
+    data: Any,
+    *,
+    metric: Any = None,
+    target: str | Target | None = None,
+    batches: int | Sequence[int] = 1,
+    threads: int | Sequence[int] = 1,
+    progress: bool = True,
 ) -> Evidence:
     """Measure a file, a `Compressed`, or a model on labelled `data`.
 
-    A path is run by its own runtime. A `Compressed`, or a model with `target`, is exported to a temporary file first.
-    A bare model is run in its framework: its record has no file.
+    A path is run by its own runtime, a .keras file by Keras. A `Compressed`, or a model with `target`, is exported to a
+    temporary file first. A file is timed at every pair of the `batches` (examples per call) and `threads`, and opened once
+    in a fresh process for its memory and cold start. A bare model is run in its framework: its record has no file.
 
     Raises:
         RuntimeFileError: the file cannot be run. MetricError, DataError: the metric or the data cannot be used.
@@ -180,15 +189,18 @@ def measure(
     from whet.runtimes.evidence import gather, score
 
     if isinstance(model, str | os.PathLike):
-        batches = Batches(data, "data")
-        return gather({"model": Path(model)}, batches, as_metric(metric, batches), progress=progress)["model"].evidence
+        labelled = Batches(data, "data")
+        timed: dict[str, Any] = {"batches": batches, "threads": threads, "processes": True}
+        return gather({"model": Path(model)}, labelled, as_metric(metric, labelled), progress=progress, **timed)[
+            "model"
+        ].evidence
     if isinstance(model, Compressed) or target is not None:
         compressed = model if isinstance(model, Compressed) else start(model)
-        batches = Batches(data, "data")
-        _see(compressed, batches)
-        return compressed.measure(batches, metric, target, progress=progress)
-    side, batches = side_of(model), Batches(data, "data")
-    outcome = score(outputs_of(side, model, batches), batches, as_metric(metric, batches))
+        labelled = Batches(data, "data")
+        _see(compressed, labelled)
+        return compressed.measure(labelled, metric, target, batches=batches, threads=threads, progress=progress)
+    side, labelled = side_of(model), Batches(data, "data")
+    outcome = score(outputs_of(side, model, labelled), labelled, as_metric(metric, labelled))
     return Evidence("", 0, 0, outcome.record, None, {"name": side.FRAMEWORK, "version": ""}, None, {})
 
 

@@ -140,7 +140,8 @@ def _fit(array: Array, slot: Slot, file: str) -> Array:
     # The first size is free even where the file fixes it: the session then cuts the batch.
     fits = len(shape) == len(wanted) and all(w in (None, s) for s, w in zip(shape[1:], wanted[1:], strict=True))
     if not fits:
-        raise RuntimeFileError(f"The input of {file!r} must be {slot}, got an array of shape {shape} {array.dtype}.")
+        hint = _axes_hint(shape, wanted)
+        raise RuntimeFileError(f"The input of {file!r} must be {slot}, got an array of shape {shape} {array.dtype}.{hint}")
     if slot.quantization is not None:
         scale, zero_point = slot.quantization
         limits = np.iinfo(slot.dtype)
@@ -153,6 +154,17 @@ def _fit(array: Array, slot: Slot, file: str) -> Array:
             f"The input of {file!r} must be {slot}, got {array.dtype}, whose values do not fit that type without loss."
         )
     return np.ascontiguousarray(cast)
+
+
+def _axes_hint(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> str:
+    """A sentence where moving the channels to the other end would make `shape` fit."""
+    if len(shape) != len(wanted) or len(shape) < 3:
+        return ""
+    for order, where in (((0, len(shape) - 1, *range(1, len(shape) - 1)), "first"), ((0, *range(2, len(shape)), 1), "last")):
+        moved = tuple(shape[axis] for axis in order)
+        if all(w in (None, s) for s, w in zip(moved[1:], wanted[1:], strict=True)):
+            return f" It takes channels {where}: transpose the data to {order}."
+    return ""
 
 
 def _cast(array: Array, dtype: np.dtype[Any]) -> Array | None:

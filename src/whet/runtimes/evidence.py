@@ -57,7 +57,7 @@ def gather(
         RuntimeFileError: a file cannot be run, or returns NaN.
         DataError, MetricError: see `score`.
     """
-    data = Batches(data, "data")
+    data = data if isinstance(data, Batches) else Batches(data, "data")
     conditions = _conditions(batches, threads)
     sessions = {name: open_session(path, threads=conditions[0][1]) for name, path in files.items()}
     outputs: dict[str, Any] = {}
