@@ -9,6 +9,7 @@ from typing import Any
 from whet.errors import ExportError
 from whet.graph.placement import Plan
 from whet.keras.clone import Model
+from whet.keras.float_export import export_keras, export_savedmodel
 from whet.keras.litert_export import export_litert
 from whet.keras.onnx_export import export_onnx
 from whet.keras.openvino_export import export_openvino
@@ -18,6 +19,8 @@ WRITERS: dict[str, Callable[..., None]] = {
     ".tflite": export_litert,
     ".onnx": export_onnx,
     ".xml": export_openvino,
+    ".keras": export_keras,
+    ".savedmodel": export_savedmodel,
 }
 
 

@@ -209,7 +209,7 @@ def _float_file(program: Program, shapes: list[list[int | None]], marks: list[st
     with tempfile.TemporaryDirectory(prefix="whet-") as folder:
         place = Path(folder)
         try:
-            with _quiet():
+            with quiet():
                 job = _frozen(flat, shapes, dtypes, place) if keras.backend.backend() == "tensorflow" else _saved(flat, place)
         except Exception as cause:
             raise ExportError(f"The model {name!r} could not be handed to TensorFlow's converter: {short(cause)}") from cause
@@ -345,14 +345,14 @@ def _try(content: bytes, arrays: list[Array], name: str) -> None:
     from ai_edge_litert.interpreter import Interpreter
 
     try:
-        with _quiet():
+        with quiet():
             interpreter = Interpreter(model_content=content, num_threads=1)
         details = interpreter.get_input_details()
         opened = all(item["shape_signature"][0] == -1 for item in details if len(item["shape_signature"]))
         for rows in (1, len(arrays[0])) if opened else (len(arrays[0]),):
             for item, array in zip(details, arrays, strict=True):
                 interpreter.resize_tensor_input(item["index"], array[:rows].shape)
-            with _quiet():
+            with quiet():
                 interpreter.allocate_tensors()
             for item, array in zip(details, arrays, strict=True):
                 interpreter.set_tensor(item["index"], array[:rows])
@@ -362,7 +362,7 @@ def _try(content: bytes, arrays: list[Array], name: str) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Standard error closed to native code, which announces its optimizers and delegates there and raises what matters."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)

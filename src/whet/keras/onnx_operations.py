@@ -54,7 +54,7 @@ class Weights:
         if self.plan is not None and name in self.plan.biases:
             source, _ = self.plan.biases[name]
             codes, scale = next((c, s) for bias, c, s in bias_codes(self.program, self.plan) if bias == name)
-            if call.node.inputs[0] == source:
+            if self.plan.values[call.node.inputs[0]].scale == self.plan.values[source].scale:
                 return self._dequantized(self.writer.constant(codes, name), np.broadcast_to(scale, codes.shape), name, 0)
         return self._cast(to_numpy(self.program.biases[name]).astype(np.float32), None, name)
 

@@ -59,9 +59,13 @@ RUNTIMES: dict[str, Runtime] = {
     "executorch": Runtime(
         "whet.runtimes.executorch:ExecuTorchSession", "whet.runtimes.executorch_content", "executorch.runtime"
     ),
+    "torch": Runtime("whet.runtimes.torch_program:ProgramSession", "whet.runtimes.torch_program", "torch"),
     "keras": Runtime("whet.runtimes.keras_file:KerasSession", "whet.runtimes.keras_file", "keras"),
+    "tensorflow": Runtime("whet.runtimes.savedmodel:SavedModelSession", "whet.runtimes.savedmodel", "tensorflow"),
 }
-SUFFIXES = {".onnx": "onnxruntime", ".xml": "openvino", ".tflite": "litert", ".pte": "executorch", ".keras": "keras"}
+SUFFIXES = {".onnx": "onnxruntime", ".xml": "openvino", ".tflite": "litert", ".pte": "executorch", ".pt2": "torch", ".keras": "keras"}
+SUFFIXES |= {".savedmodel": "tensorflow"}
+FOLDERS = {".savedmodel": "saved_model.pb"}  # what is a folder, and the file that it must hold
 # Files that belong to a file of this suffix, where they exist: "{stem}" and "{name}" are the file's own.
 COMPANIONS = {".xml": "{stem}.bin", ".onnx": "{name}.data"}
 
@@ -83,6 +87,10 @@ def check_file(path: str | os.PathLike[str]) -> Path:
         RuntimeFileError: a missing file, a folder, an empty or unreadable file, an unknown suffix.
     """
     path = Path(path)
+    if path.suffix in FOLDERS and path.exists():
+        if not (path / FOLDERS[path.suffix]).is_file():
+            raise RuntimeFileError(f"{str(path)!r} must be a folder that holds {FOLDERS[path.suffix]!r}.")
+        return path
     if path.is_dir():
         raise RuntimeFileError(f"{str(path)!r} is a folder. Give a file: {' or '.join(SUFFIXES)}.")
     if path.suffix not in SUFFIXES:

@@ -13,8 +13,19 @@ RUN = {
     "openvino": ("openvino",),
     "litert": ("ai_edge_litert",),
     "executorch": ("executorch", "torch"),
+    "torch": ("torch",),
+    "keras": ("keras",),
+    "tensorflow": ("tensorflow",),
 }
-WRITE = {"onnxruntime": ("onnxscript",), "openvino": ("onnx", "onnxscript"), "litert": ("flatbuffers",), "executorch": ()}
+WRITE = {
+    "onnxruntime": ("onnxscript",),
+    "openvino": ("onnx", "onnxscript"),
+    "litert": ("flatbuffers",),
+    "executorch": (),
+    "torch": (),
+    "keras": (),
+    "tensorflow": (),
+}
 FRAMEWORKS = {"torch": ("torch",), "keras": ("keras", "tensorflow")}
 
 

@@ -105,6 +105,35 @@ TARGETS: dict[str, Target] = {
             # int8 kernels demand these: https://ai.google.dev/edge/litert/conversion/tensorflow/quantization/quantization_spec
             fixed={"softmax": (1 / 256, 0), "sigmoid": (1 / 256, 0), "tanh": (1 / 128, 128)},
         ),
+        # An exchange format: integers are stored, and PyTorch computes in float; other tools lower it further.
+        Target(
+            "torch",
+            frameworks=("torch",),
+            runtime="torch",
+            extra="torch",
+            suffix=".pt2",
+            signed_activations=True,
+            quantized=frozenset({"add", "mul", "concat", "global_avg_pool"}),
+        ),
+        # Keras' own formats hold floats: nothing is quantized for them.
+        Target(
+            "keras",
+            frameworks=("keras",),
+            runtime="keras",
+            extra="keras",
+            suffix=".keras",
+            signed_activations=True,
+            compute=frozenset(),
+        ),
+        Target(
+            "tensorflow",
+            frameworks=("keras",),
+            runtime="tensorflow",
+            extra="keras",
+            suffix=".savedmodel",
+            signed_activations=True,
+            compute=frozenset(),
+        ),
     )
 }
 TARGETS |= {
