@@ -63,8 +63,8 @@ RUNTIMES: dict[str, Runtime] = {
     "keras": Runtime("whet.runtimes.keras_file:KerasSession", "whet.runtimes.keras_file", "keras"),
     "tensorflow": Runtime("whet.runtimes.savedmodel:SavedModelSession", "whet.runtimes.savedmodel", "tensorflow"),
 }
-SUFFIXES = {".onnx": "onnxruntime", ".xml": "openvino", ".tflite": "litert", ".pte": "executorch", ".pt2": "torch", ".keras": "keras"}
-SUFFIXES |= {".savedmodel": "tensorflow"}
+SUFFIXES = {".onnx": "onnxruntime", ".xml": "openvino", ".tflite": "litert", ".pte": "executorch", ".pt2": "torch"}
+SUFFIXES |= {".keras": "keras", ".savedmodel": "tensorflow"}
 FOLDERS = {".savedmodel": "saved_model.pb"}  # what is a folder, and the file that it must hold
 # Files that belong to a file of this suffix, where they exist: "{stem}" and "{name}" are the file's own.
 COMPANIONS = {".xml": "{stem}.bin", ".onnx": "{name}.data"}

@@ -12,8 +12,14 @@ from whet.specs import Target
 from whet.torch.executorch_export import export_executorch
 from whet.torch.onnx_export import export_onnx
 from whet.torch.openvino_export import export_openvino
+from whet.torch.pt2_export import export_pt2
 
-WRITERS: dict[str, Callable[..., None]] = {".onnx": export_onnx, ".xml": export_openvino, ".pte": export_executorch}
+WRITERS: dict[str, Callable[..., None]] = {
+    ".onnx": export_onnx,
+    ".xml": export_openvino,
+    ".pte": export_executorch,
+    ".pt2": export_pt2,
+}
 
 
 def export(model: Any, plan: Plan | None, target: Target, path: Path, *, example: Any, dynamic: Any = None) -> None:
