@@ -252,26 +252,13 @@ def report(
     whet report out/report.json --csv numbers/ --tensorboard runs/a --mlflow compression
     """
     with _told(debug):
-        from whet.records import Report
+        from whet.cli import reporting
 
-        if (into is None) != (marker is None):
-            raise SpecError("--into FILE and --marker NAME go together: the table is put between the marker's two comments.")
-        found = Report.read(path)
-        if beside:
-            from whet.report.view import beside as joined
-
-            found = joined(found, [Report.read(other) for other in beside])
-        sunk = _sink(found, csv, tensorboard, mlflow, overwrite=overwrite)
-        if html is not None:
-            from whet.report.html import write_html
-
-            write_html(found, html, overwrite=overwrite)
-        if into is not None and marker is not None:
-            from whet.report.markdown import before_after_table, update_between
-
-            update_between(into, marker, before_after_table(found, command=made_by))
-        if html is None and into is None and not sunk:
-            _print(found, format, made_by)
+        found = reporting.read(path, beside or [])
+        paged = reporting.write_pages(found, html, into, marker, made_by, overwrite=overwrite)
+        sunk = reporting.write_sinks(found, csv, tensorboard, mlflow, overwrite=overwrite)
+        if not paged and not sunk:
+            reporting.show(found, markdown=format is Format.MARKDOWN, made_by=made_by)
 
 
 @app.command()
@@ -290,30 +277,6 @@ def targets() -> None:
         typer.echo(str(target))
         for line in TARGETS[target.name].describe():
             typer.echo(f"    {line}")
-
-
-def _sink(report: Any, csv: Path | None, tensorboard: Path | None, mlflow: str | None, *, overwrite: bool) -> bool:
-    """Write the report to the sinks that were named, and say whether there was one."""
-    from whet.report import sinks
-
-    if csv is not None:
-        sinks.write_csv(report, csv, overwrite=overwrite)
-    if tensorboard is not None:
-        sinks.to_tensorboard(report, tensorboard)
-    if mlflow is not None:
-        typer.echo(f"MLflow run {sinks.to_mlflow(report, mlflow)}")
-    return csv is not None or tensorboard is not None or mlflow is not None
-
-
-def _print(report: Any, format: Format, made_by: str | None) -> None:
-    if format is Format.MARKDOWN:
-        from whet.report.markdown import before_after_table
-
-        typer.echo(before_after_table(report, command=made_by), nl=False)
-        return
-    from whet.report.console import print_report
-
-    print_report(report)
 
 
 @contextmanager
