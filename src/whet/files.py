@@ -12,6 +12,8 @@ from pathlib import Path
 
 from whet.errors import OutputError
 
+FULL = 1 << 16  # a disk with fewer bytes left is full: no file of a model is as small
+
 
 @contextmanager
 def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
@@ -24,14 +26,17 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
         OutputError: `path` or a file beside it exists and `overwrite` is false, or its folder cannot be written.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise OutputError(f"{str(path)!r} exists. Choose another path, remove it, or pass overwrite=True (--overwrite).")
-    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]  # innermost first
+    made: list[Path] = []
     try:
+        if path.exists() and not overwrite:
+            raise OutputError(f"{str(path)!r} exists. Choose another path, remove it, or pass overwrite=True (--overwrite).")
+        made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]  # innermost first
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as cause:
         _remove_empty(made)
+        if isinstance(cause, OutputError):
+            raise
         raise OutputError(
             f"Cannot write to {str(path.parent)!r}: {cause.strerror}. Choose a folder you may write to."
         ) from cause
@@ -42,10 +47,52 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
         if isinstance(cause, OutputError):
             raise
         raise OutputError(f"Cannot write {str(path)!r}: {cause.strerror or cause}. What was there is unchanged.") from cause
+    except Exception as cause:  # native writers tell a full disk in words of their own
+        if shutil.disk_usage(scratch).free >= FULL:
+            raise
+        raise OutputError(f"Cannot write {str(path)!r}: no space is left on its disk. What was there is unchanged.") from cause
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         if not path.exists():
             _remove_empty(made)
+
+
+@contextmanager
+def filling(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder inside `folder`; the files written there are moved into `folder` when the block ends without an error.
+
+    Files of the same names are replaced, others stay. On an error `folder` is as it was, and gone if it was not there.
+
+    Raises:
+        OutputError: `folder` cannot be made or written.
+    """
+    folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
+    scratch: Path | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".whet-", dir=folder))
+        yield scratch
+        for path in sorted(scratch.iterdir()):
+            os.replace(path, folder / path.name)
+    except OSError as cause:
+        if isinstance(cause, OutputError):
+            raise
+        raise OutputError(f"Cannot write to {str(folder)!r}: {cause.strerror or cause}.") from cause
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+        _remove_empty(made)
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Raise `OutputError` unless files can be written to `folder`, or to the nearest folder above it that exists."""
+    nearest = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            return
+    except OSError as cause:
+        raise OutputError(f"Cannot write to {str(nearest)!r}: {cause.strerror}. Choose a folder you may write to.") from cause
 
 
 def _place(scratch: Path, path: Path, overwrite: bool) -> None:

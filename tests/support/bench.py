@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from whet.specs import TARGETS
+
 CLASSES = 3
 FRAMEWORKS = ("torch", "keras")
 
@@ -32,7 +34,6 @@ class Bench:
     name: str
     target: str
     suffix: str
-    other: str  # a target of the other framework
     layer: str  # the name of the first layer with weights
     build: Callable[[], Any]
     regressor: Callable[[], Any]
@@ -44,6 +45,11 @@ class Bench:
     codes: Callable[[Path], list[np.ndarray]]
     cast: Callable[[Any], Any]
     loader: Callable[[np.ndarray, np.ndarray], Any]
+
+    @property
+    def other(self) -> str:
+        """A target that this framework does not write."""
+        return next(target.name for target in TARGETS.values() if self.name not in target.frameworks)
 
     def data(self, n: int = 96, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Images whose bright band says their class."""
@@ -94,3 +100,31 @@ def convert_in_process(monkeypatch: Any) -> None:
         return (place / "model.tflite").read_bytes()
 
     monkeypatch.setattr(module, "_run", run)
+
+
+def registry_once(monkeypatch: Any) -> None:
+    """Let PyTorch's exporter read its 1,600 ONNX functions once a process, not once a file."""
+    registry = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+    read = registry.__dict__["from_torchlib"].__func__
+
+    def once(*args: Any, **options: Any) -> Any:
+        key = (args, tuple(options.items()))
+        if key not in _REGISTRIES:
+            _REGISTRIES[key] = read(registry, *args, **options)
+        return _REGISTRIES[key]
+
+    monkeypatch.setattr(registry, "from_torchlib", staticmethod(once))
+
+
+_REGISTRIES: dict[Any, Any] = {}
+
+
+def few_runs(monkeypatch: Any) -> None:
+    """Let `compress` time files a few times only, where it would choose how often."""
+    module = importlib.import_module("whet.pipeline.compress")
+    gather = module.gather
+
+    def quick(*args: Any, **options: Any) -> Any:
+        return gather(*args, **{**options, "runs": 5 if options.get("runs") is None else options["runs"]})
+
+    monkeypatch.setattr(module, "gather", quick)

@@ -50,7 +50,14 @@ def build() -> Any:
 def state(model: Any) -> Any:
     layers = [(layer.name, type(layer).__name__, layer.trainable, id(layer), sorted(vars(layer))) for layer in model.layers]
     variables = [(v.path, v.trainable, str(v.dtype), id(v)) for v in model.weights]
-    return layers, variables, model.compiled, id(getattr(model, "optimizer", None)), getattr(model, "note", None), sorted(vars(model))
+    return (
+        layers,
+        variables,
+        model.compiled,
+        id(getattr(model, "optimizer", None)),
+        getattr(model, "note", None),
+        sorted(vars(model)),
+    )
 
 
 def regressor() -> Any:
@@ -105,7 +112,6 @@ BENCH = Bench(
     name="keras",
     target="litert",
     suffix=".tflite",
-    other="onnxruntime",
     layer="conv",
     build=build,
     regressor=regressor,

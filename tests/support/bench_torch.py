@@ -106,7 +106,6 @@ BENCH = Bench(
     name="torch",
     target="onnxruntime",
     suffix=".onnx",
-    other="litert",
     layer="conv",
     build=build,
     regressor=lambda: seeded(lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))),

@@ -1,6 +1,6 @@
 import pytest
 
-from bench import FRAMEWORKS, bench, convert_in_process
+from bench import FRAMEWORKS, bench, convert_in_process, few_runs, registry_once
 
 
 @pytest.fixture(params=FRAMEWORKS)
@@ -10,5 +10,7 @@ def b(request):
 
 
 @pytest.fixture(autouse=True)
-def in_process(monkeypatch):
+def quick(monkeypatch):
     convert_in_process(monkeypatch)
+    few_runs(monkeypatch)
+    registry_once(monkeypatch)
