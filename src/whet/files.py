@@ -57,6 +57,44 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
             _remove_empty(made)
 
 
+@contextmanager
+def filling(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder inside `folder`; the files written there are moved into `folder` when the block ends without an error.
+
+    Files of the same names are replaced, others stay. On an error `folder` is as it was, and gone if it was not there.
+
+    Raises:
+        OutputError: `folder` cannot be made or written.
+    """
+    folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
+    scratch: Path | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".whet-", dir=folder))
+        yield scratch
+        for path in sorted(scratch.iterdir()):
+            os.replace(path, folder / path.name)
+    except OSError as cause:
+        if isinstance(cause, OutputError):
+            raise
+        raise OutputError(f"Cannot write to {str(folder)!r}: {cause.strerror or cause}.") from cause
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+        _remove_empty(made)
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Raise `OutputError` unless files can be written to `folder`, or to the nearest folder above it that exists."""
+    nearest = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            return
+    except OSError as cause:
+        raise OutputError(f"Cannot write to {str(nearest)!r}: {cause.strerror}. Choose a folder you may write to.") from cause
+
+
 def _place(scratch: Path, path: Path, overwrite: bool) -> None:
     """Move all that is in `scratch` beside `path`, which comes last: whoever sees it finds the rest."""
     names = sorted((item.name for item in scratch.iterdir()), key=lambda name: name == path.name)
