@@ -47,8 +47,8 @@ def report_html(data: Mapping[str, Any]) -> str:
         ]
         ratio = change.get("latency_ratio")
         if before.get("latency_ms") and after.get("latency_ms") and ratio and ratio.get("value") is not None:
-            times = (texts.ms_text(entry["latency_ms"]["p50"]) for entry in (before, after))
-            rows.append(("latency p50", *times, texts.ratio_text(ratio["value"]) + texts.interval(ratio, False, 3)))
+            old, new = (texts.ms_text(entry["latency_ms"]["p50"]) for entry in (before, after))
+            rows.append(("latency p50", old, new, texts.ratio_text(ratio["value"]) + texts.interval(ratio, False, 3)))
         warnings = [*(data.get("warnings") or ()), *(after.get("warnings") or ())]
         parts.append(table(("", "original", "compressed", "change"), rows, title=_verdict(data), notes=dict.fromkeys(warnings)))
     steps = [
