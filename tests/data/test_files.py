@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,44 @@ def test_a_failed_swap_puts_the_old_folder_back(tmp_path) -> None:
     with pytest.raises(OutputError), replacing(path, overwrite=True):
         pass  # nothing written: the second rename fails after the first
     assert left(path) == ["a"] and left(tmp_path) == ["out"]
+
+
+def test_what_is_written_beside_comes_along(tmp_path):
+    with replacing(tmp_path / "m.xml") as temporary:
+        temporary.write_text("graph")
+        temporary.with_suffix(".bin").write_text("weights")
+    assert {item.name: item.read_text() for item in tmp_path.iterdir()} == {"m.xml": "graph", "m.bin": "weights"}
+
+
+def test_a_file_beside_is_not_overwritten_unasked(tmp_path):
+    (tmp_path / "m.bin").write_text("mine")
+    with pytest.raises(OutputError, match=r"m\.bin.*belongs to 'm\.xml'"):
+        with replacing(tmp_path / "m.xml") as temporary:
+            temporary.write_text("graph")
+            temporary.with_suffix(".bin").write_text("weights")
+    assert {item.name: item.read_text() for item in tmp_path.iterdir()} == {"m.bin": "mine"}
+
+
+def test_a_failed_move_puts_every_file_back(tmp_path, monkeypatch):
+    for name in ("m.xml", "m.bin"):
+        (tmp_path / name).write_text("old")
+    move, target = os.replace, str(tmp_path / "m.xml")
+
+    def fail_at_the_last(source, destination):
+        if str(destination) == target:
+            raise OSError(28, "No space left on device")
+        move(source, destination)
+
+    monkeypatch.setattr(os, "replace", fail_at_the_last)
+    with pytest.raises(OutputError, match="No space left"):
+        with replacing(tmp_path / "m.xml", overwrite=True) as temporary:
+            temporary.write_text("new")
+            temporary.with_suffix(".bin").write_text("new")
+    assert {item.name: item.read_text() for item in tmp_path.iterdir()} == {"m.xml": "old", "m.bin": "old"}
+
+
+def test_nothing_written_is_an_error(tmp_path):
+    with pytest.raises(OutputError, match="nothing was written"):
+        with replacing(tmp_path / "m.xml"):
+            pass
+    assert list(tmp_path.iterdir()) == []

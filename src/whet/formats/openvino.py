@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import tempfile
 import warnings
 import xml.etree.ElementTree as ElementTree
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from whet.errors import ExportError, require
+
+_NUMBERED = re.compile(r"[A-Z][A-Za-z]+_\d+")  # what OpenVINO calls an operator that bears no name
 
 
 def from_onnx(source: Path, path: Path, *, half: bool = False) -> None:
@@ -89,7 +92,9 @@ def _keep_halves(converted: Any, graph: Any) -> None:
 
 
 def _compact(path: Path) -> None:
-    """Rewrite the .xml without indentation (a third of a small file) and without the record of the conversion."""
+    """Rewrite the .xml without indentation (a third of a small file), without the record of the conversion, and with the
+    names that the converter numbered (it counts through a process) numbered from 0: the same model gives the same file.
+    """
     tree = ElementTree.parse(path)  # written by OpenVINO a moment ago
     root = tree.getroot()
     for element in root.iter():
@@ -98,6 +103,8 @@ def _compact(path: Path) -> None:
         element.tail = None
     for record in root.findall("rt_info"):
         root.remove(record)
+    for number, layer in enumerate(layer for layer in root.iter("layer") if _NUMBERED.fullmatch(layer.get("name", ""))):
+        layer.set("name", f"{layer.get('type')}_{number}")
     path.write_bytes(ElementTree.tostring(root, encoding="utf-8", xml_declaration=True))
 
 

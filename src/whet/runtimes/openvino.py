@@ -20,8 +20,8 @@ TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64
 class OpenVINOSession(Session):
     """An .xml file with its .bin, compiled for latency on one stream.
 
-    What is not quantized runs in `precision`: float32 by default. None leaves it to OpenVINO, which takes bfloat16 where the
-    processor has it; the record then says which it took.
+    What is not quantized runs in `precision`: float32 by default, and activations beside integer weights are not rounded on
+    the fly. None leaves both to OpenVINO, which takes bfloat16 where the processor has it; the record says which it took.
     """
 
     name = "openvino"
@@ -88,9 +88,14 @@ def compiled(path: Path, threads: int, precision: str | None) -> Any:
     """
     runtime: Any = require("openvino", "openvino", "Running an OpenVINO file")
     model = read(path)
-    options = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
+    options: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": threads,
+        "ENABLE_CPU_PINNING": False,
+    }
     if precision is not None:
-        options["INFERENCE_PRECISION_HINT"] = precision
+        options |= {"INFERENCE_PRECISION_HINT": precision, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
     try:
         return runtime.Core().compile_model(model, "CPU", options)
     except Exception as cause:

@@ -58,18 +58,21 @@ def computed(path: Path) -> list[Operation]:
     for node in compiled(path, 1, "f32").get_runtime_model().get_ordered_ops():
         about = node.get_rt_info()
         kind = _text(about, "layerType")
-        if kind in _NO_WORK:
-            continue
+        sources = [node.input(index).get_source_output().get_node() for index in range(node.get_input_size())]
+        if kind in _NO_WORK or (sources and all(_text(item.get_rt_info(), "layerType") == "Const" for item in sources)):
+            continue  # what reads constants alone is computed once, when the file is opened
         names = _text(about, "originalLayersNames").split(",")
-        origins = [operation for operation in written if kind in COMPUTING and any(_is_from(n, operation.name) for n in names)]
-        weight = None if not origins else _constant_type(node, 1) or origins[0].weight
+        weight = None
+        if kind in COMPUTING:
+            origins = [operation.weight for operation in written if any(_is_from(name, operation.name) for name in names)]
+            weight = _constant_type(node, 1) or (origins[0] if origins else None)
         operations.append(Operation(kind, node.get_friendly_name(), _data_type(node), weight))
     return operations
 
 
 def _is_from(name: str, original: str) -> bool:
-    """Whether the compiled model's `name` is that of an operator in the file, or of what was made of it."""
-    return name == original or name.startswith(original + "/")
+    """Whether the compiled model's `name` is that of an operator in the file, of what was made of it, or of it and its bias."""
+    return name == original or name.startswith(original + "/") or original == f"{name}/WithoutBiases"
 
 
 def _data_type(node: Any) -> str:
