@@ -8,6 +8,7 @@ from keras_parts import batches, dense, fitted, nested, points, same_weights
 from whet.data import Batches
 from whet.errors import ModelError, SpecError
 from whet.keras import copy, soft_targets
+from whet.keras.distill import ends_in_softmax
 from whet.specs import Cubic, Distill, Prune, SoftTargets, Train
 
 L = keras.layers
@@ -91,8 +92,8 @@ def test_dict_outputs_teach_by_their_logits():
 @pytest.mark.parametrize(
     ("teacher", "student", "message"),
     [
-        (lambda: dense(softmax=True), dense, r"outputs of the teacher are probabilities .* Take the softmax off"),
-        (dense, lambda: dense(softmax=True), "outputs of the student are probabilities"),
+        (lambda: unnamed_softmax(), dense, r"outputs of the teacher are probabilities .* Take the softmax off"),
+        (dense, lambda: unnamed_softmax(), "outputs of the student are probabilities"),
         (lambda: dense(4), dense, r"got \(32, 3\) from the student and \(32, 4\) from the teacher"),
         (lambda: None, dense, "Distill needs a teacher, a keras.Model; got NoneType"),
     ],
@@ -100,6 +101,50 @@ def test_dict_outputs_teach_by_their_logits():
 def test_teachers_that_cannot_teach(teacher, student, message):
     with pytest.raises(ModelError, match=message):
         fitted(student(), Train(epochs=1, apply=[Distill()]), teacher=teacher(), train=batches())
+
+
+def unnamed_softmax():
+    """Probabilities that no softmax layer has made."""
+    model = dense()
+    powers = keras.ops.exp(model.outputs[0])
+    return keras.Model(model.inputs, powers / keras.ops.sum(powers, -1, keepdims=True))
+
+
+def nested_softmax():
+    i = keras.Input((4,))
+    return keras.Model(i, keras.Sequential([*dense().layers, L.Softmax()])(i))
+
+
+def by_operation():
+    model = dense()
+    return keras.Model(model.inputs, {"logits": keras.ops.softmax(model.outputs[0]), "other": model.outputs[0]})
+
+
+@pytest.mark.parametrize("build", [lambda: dense(softmax=True), nested_softmax, by_operation])
+def test_a_softmax_at_the_end_is_undone_exactly(build):
+    """The loss is the one between models that return the logits themselves, and is told of."""
+    from whet.keras import predict
+
+    x, y = points(32)
+    normalized, logits = build(), dense()
+    for target, source in zip(normalized.weights, logits.weights, strict=True):
+        target.assign(source)
+    plain, student = dense(), build()
+    spec = Train(epochs=1, apply=[Distill([SoftTargets(2.0)], student_weight=0)])
+    s, t = predict(plain, x), predict(logits, x)
+    expected = 4 * (np.exp(_log_softmax(t / 2)) * (_log_softmax(t / 2) - _log_softmax(s / 2))).sum(-1).mean()
+    for target, source in zip(student.weights, plain.weights, strict=True):
+        target.assign(source)
+    for teacher, learner, told in ((normalized, copy(plain), ["teacher"]), (normalized, student, ["teacher", "student"])):
+        _, step = fitted(learner, spec, teacher=teacher, train=Batches((x, y), "train"), val=None)
+        assert step.train["history"][0]["loss"] == pytest.approx(expected, rel=1e-4)
+        assert [note.split()[1] for note in step.train["notes"] if "softmax" in note] == told
+
+
+def test_a_softmax_over_other_axes_is_not_undone():
+    i = keras.Input((3, 4))
+    assert not ends_in_softmax(keras.Model(i, L.Softmax(axis=1)(i))) and ends_in_softmax(keras.Model(i, L.Softmax(axis=2)(i)))
+    assert not ends_in_softmax(dense()) and not ends_in_softmax(unnamed_softmax())
 
 
 def test_nan_and_shared_teachers_are_refused():

@@ -285,7 +285,7 @@ def test_float_formats_take_no_quantized_model(tmp_path):
 
 def test_a_folder_that_is_no_savedmodel_is_said_to_be_none(tmp_path):
     (tmp_path / "empty.savedmodel").mkdir()
-    with pytest.raises(RuntimeFileError, match="must be a folder that holds 'saved_model.pb'"):
+    with pytest.raises(RuntimeFileError, match=r"must be a folder that holds 'saved_model\.pb'"):
         open_session(tmp_path / "empty.savedmodel")
     (tmp_path / "empty.savedmodel" / "saved_model.pb").write_bytes(b"damaged")
     with pytest.raises(RuntimeFileError, match=r"cannot load .empty\.savedmodel"):

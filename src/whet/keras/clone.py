@@ -193,6 +193,18 @@ def _append(node: Any, operation: Layer, args: Any, kwargs: Any, path: str, lowe
     return lowered[-1].outputs
 
 
+def last_operation(model: Model, chosen: Callable[[Any], Any]) -> tuple[Any, int] | None:
+    """What makes the output that `chosen` takes from the model's outputs, and its rank; None where the graph does not say."""
+    function = _function(model)
+    if function is None:
+        return None
+    tensor = chosen(function._outputs_struct)
+    operation = tensor._keras_history.operation
+    if _function(operation) is not None and len(operation.outputs) == 1:
+        return last_operation(operation, chosen)
+    return operation, len(tensor.shape)
+
+
 def free(program: Program, path: str, kind: str, pending: tuple[str, ...] = ()) -> str:
     """The next free node name `path/kind:index`."""
     used = {call.node.name for call in program.calls} | set(pending)

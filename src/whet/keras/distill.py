@@ -9,6 +9,7 @@ import numpy as np
 
 from whet.data import primary
 from whet.errors import ModelError
+from whet.keras.clone import last_operation
 from whet.keras.model import forward
 from whet.keras.namespace import xp
 from whet.keras.views import to_numpy
@@ -16,6 +17,8 @@ from whet.numerics import losses
 from whet.specs import Distill
 from whet.specs.base import check_number
 
+TINY = 1e-30  # a probability below is taken for this: its logarithm stays finite in float32
+_ACTIVATED = (keras.layers.Activation, keras.layers.Dense, keras.layers.Conv1D, keras.layers.Conv2D)
 IGNORED = -100  # targets with this value (padding) count in no loss, as on the PyTorch side
 
 
@@ -53,6 +56,29 @@ def look_like_probabilities(outputs: Any) -> bool:
     return bool((values >= 0).all()) and bool((np.abs(values.sum(-1) - 1) < tolerance).all())
 
 
+def ends_in_softmax(model: Any) -> bool:
+    """Whether a softmax over the classes makes the primary output: a layer, an activation or `keras.ops.softmax`.
+
+    Only the layer graph is asked: outputs that merely look like probabilities are not taken for them.
+    """
+    found = last_operation(model, primary)
+    if found is None:
+        return False
+    operation, rank = found
+    if isinstance(operation, _ACTIVATED):
+        operation = operation.activation
+    if operation is keras.activations.softmax:
+        return True
+    is_softmax = type(operation).__name__ == "Softmax" and type(operation).__module__.startswith("keras.")
+    return is_softmax and operation.axis in (-1, rank - 1)
+
+
+def log_probabilities(outputs: Any) -> Any:
+    """Logits of a softmax's outputs: `log p` is the logits but for one constant per row, which no softmax sees."""
+    outputs = wide(outputs)
+    return keras.ops.log(keras.ops.maximum(outputs, TINY))
+
+
 class Teacher:
     """The logits of a teacher. It runs in inference mode, outside the student's training step, and is never changed."""
 
@@ -67,10 +93,12 @@ class Teacher:
                 f"Teacher and student share {shared[0]!r}: training would change the teacher. Pass a copy as student."
             )
         self._model = model
+        self.ends_in_softmax = ends_in_softmax(model)
 
     def logits(self, inputs: Any) -> Any:
-        """Its logits for a batch of arrays, shape (n, …, classes)."""
-        return primary(forward(self._model, inputs))
+        """Its logits for a batch of arrays, shape (n, …, classes); of a model that ends in a softmax the logarithms."""
+        outputs = primary(forward(self._model, inputs))
+        return log_probabilities(outputs) if self.ends_in_softmax else outputs
 
     def check(self, student_logits: Any, inputs: Any) -> None:
         """Look at the first batch.
@@ -83,7 +111,8 @@ class Teacher:
             if look_like_probabilities(logits):
                 raise ModelError(
                     f"The outputs of the {whose} are probabilities (no row has a negative value, each sums to 1), and soft "
-                    f"targets take logits. Take the softmax off the end of the {whose}, or return its logits."
+                    f"targets take logits. Take the softmax off the end of the {whose}, let it end in a Softmax layer or "
+                    "activation (its logarithm serves as logits), or return its logits."
                 )
         if len(student_logits.shape) < 2 or student_logits.shape[-1] < 2:
             shape = tuple(student_logits.shape)

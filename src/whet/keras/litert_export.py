@@ -174,6 +174,7 @@ def _ends(program: Program) -> list[str]:
 
 
 def input_names(program: Program) -> list[str]:
+    """The keys of a model that takes a dict, else the names of its input layers."""
     if isinstance(program.inputs, Mapping):
         return sorted(program.inputs)
     return program.input_names

@@ -10,7 +10,15 @@ import numpy as np
 
 from whet.data import primary
 from whet.errors import DataError, ModelError
-from whet.keras.distill import IGNORED, Teacher, distillation_loss, look_like_probabilities, wide
+from whet.keras.distill import (
+    IGNORED,
+    Teacher,
+    distillation_loss,
+    ends_in_softmax,
+    log_probabilities,
+    look_like_probabilities,
+    wide,
+)
 from whet.keras.model import describe, forward
 from whet.specs import Train
 
@@ -24,6 +32,8 @@ class Objective:
         self._spec, self._teacher = spec, teacher
         self._weight = 1.0 if spec.distill is None else spec.distill.student_weight
         self._is_normalized = False  # the model ends in a softmax
+        self._is_softmax = False  # and does so by a layer, so that the logarithms of its outputs are logits
+        self.notes: list[str] = []
         self._classes = 0  # what integer targets may be, once the outputs were seen
 
     def check(self, model: Any, inputs: Any, targets: Any) -> None:
@@ -36,7 +46,11 @@ class Objective:
         outputs = forward(model, inputs)
         logits = primary(outputs)
         if self._teacher is not None and self._weight < 1:
-            self._teacher.check(logits, inputs)
+            self._is_softmax = ends_in_softmax(model)
+            self._teacher.check(log_probabilities(logits) if self._is_softmax else logits, inputs)
+            for whose, is_softmax in (("teacher", self._teacher.ends_in_softmax), ("student", self._is_softmax)):
+                if is_softmax:
+                    self.notes.append(f"the {whose} ends in a softmax: the logarithms of its outputs are its logits")
         self._is_normalized = self._spec.loss is None and _is_integer(targets) and look_like_probabilities(logits)
         self._check_targets(tuple(logits.shape), targets)
         batch = self.batch(inputs, targets)
@@ -81,7 +95,8 @@ class Objective:
         if self._weight > 0:
             total = self._weight * self._supervised(outputs, targets)
         if TEACHER in batch and self._spec.distill is not None:
-            learned = distillation_loss(self._spec.distill, primary(outputs), batch[TEACHER], targets)
+            student = log_probabilities(primary(outputs)) if self._is_softmax else primary(outputs)
+            learned = distillation_loss(self._spec.distill, student, batch[TEACHER], targets)
             total = total + (1 - self._weight) * learned
         return total
 

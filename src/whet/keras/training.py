@@ -69,7 +69,7 @@ def train(
         with task("Training", steps, enabled=progress) as shown:
             stop = loop.run(train, judge, seed, shown)
     seconds = time.perf_counter() - started
-    record = {"history": loop.history, "stop": stop, "metric": judge.name, "notes": judge.notes}
+    record = {"history": loop.history, "stop": stop, "metric": judge.name, "notes": [*objective.notes, *judge.notes]}
     step = Step(plain_spec(spec), masker.changed(), masker.skipped, seconds, record, masker.unmatched)
     return masker.masks(), step
 
