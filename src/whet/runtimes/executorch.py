@@ -54,10 +54,11 @@ class ExecuTorchSession(Session):
                 self._program = package.Runtime.get().load_program(path)
                 self._method = self._program.load_method("forward")
         except (RuntimeError, ValueError) as cause:
-            raise RuntimeFileError(
-                f"ExecuTorch {self.version} cannot open {path.name!r}: it is damaged, or needs kernels or a backend that this "
-                f"version lacks. It says: {cause}"
-            ) from cause
+            from whet.torch.executorch_export import missing_kernels
+
+            lacking = missing_kernels(path)
+            why = f"this version lacks the kernels {', '.join(lacking)}." if lacking else f"it is damaged. It says: {cause}"
+            raise RuntimeFileError(f"ExecuTorch {self.version} cannot open {path.name!r}: {why}") from cause
         self._delegates = [delegate.id for delegate in plans["forward"].delegates]
         self._read_slots(plans)
         self._placed: list[Any] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
@@ -31,7 +32,7 @@ _DTYPES = {
     "qcint4": "int4",
     "qbint4": "int4",
 }
-_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "int32": 32, "int4": 4}
+_INFINITE = re.compile(r"(?<=: )(-?)inf\b")  # flatc writes bounds so, and JSON knows them by another name
 _WEIGHTED = {"aten::convolution", "aten::linear", "aten::addmm", "aten::mm"}  # portable kernels with (data, weight, bias)
 _PLACES = {"aten::addmm": (1, 2, 0), "aten::mm": (0, 1, None)}
 
@@ -184,7 +185,7 @@ def _graph(data: bytes) -> Any:
                 Path(folder, "schema.fbs").write_bytes(schema)
                 Path(folder, "graph.bin").write_bytes(body)
                 flatbuffer._flatc_decompile(folder, str(Path(folder, "schema.fbs")), str(Path(folder, "graph.bin")))
-                return json.loads(Path(folder, "graph.json").read_bytes())
+                return json.loads(_INFINITE.sub(r"\1Infinity", Path(folder, "graph.json").read_text()))
         except Exception as cause:  # what a damaged delegate makes the parser raise is open
             raise RuntimeFileError(
                 f"The XNNPACK delegate has a format that this ExecuTorch does not read ({type(cause).__name__}: {cause})."

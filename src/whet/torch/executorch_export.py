@@ -191,5 +191,18 @@ def _run_file(path: Path, inputs: Any) -> list[Any]:
             method = Runtime.get().load_program(path).load_method("forward")
             found = method.execute([tensor.contiguous() for tensor in tensors_in(inputs)])
         except Exception as cause:
-            raise ExportError(f"ExecuTorch cannot run the exported file: {first_line(cause)}") from cause
+            lacking = missing_kernels(path)
+            why = f"it lacks the kernels {', '.join(lacking)}" if lacking else first_line(cause)
+            raise ExportError(f"ExecuTorch cannot run the exported file: {why}.") from cause
     return [to_numpy(item) for item in found]
+
+
+def missing_kernels(path: Path) -> list[str]:
+    """The operators in a .pte file that the ExecuTorch installed here has no kernel for."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+    from executorch.runtime import Runtime
+
+    known = Runtime.get().operator_registry.operator_names
+    plans = deserialize_pte_binary(path.read_bytes()).program.execution_plan
+    named = [f"{operator.name}.{operator.overload or 'default'}" for plan in plans for operator in plan.operators]
+    return sorted({name for name in named if name not in known and name.removesuffix(".default") not in known})
