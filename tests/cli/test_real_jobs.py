@@ -134,7 +134,7 @@ def test_a_keras_file(keras_files) -> None:
     assert measured.exit_code == 0, measured.output
     assert f"{100 * report['compressed']['metric']['value']:.1f} %" in measured.stdout
 
-    wrong = run("compress", folder / "model.keras", *files, "--target", "onnxruntime", "-o", folder / "other")
+    wrong = run("compress", folder / "model.keras", *files, "--target", "executorch", "-o", folder / "other")
     assert wrong.exit_code == 2 and "litert" in wrong.stderr
     assert not (folder / "other").exists()
 

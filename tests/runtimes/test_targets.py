@@ -22,23 +22,41 @@ def test_what_is_installed_is_ready():
         assert target.runs and target.exports and target.install is None and str(target).endswith("ready")
 
 
+def uses(target, modules):
+    """Whether the target lacks something without `modules`: to run, to write, or of every framework that writes it."""
+    frameworks = [set(FRAMEWORKS[name]) & set(modules) for name in target.frameworks]
+    return bool(set(modules) & {*RUN[target.runtime], *WRITE[target.runtime]}) or all(frameworks)
+
+
 @pytest.mark.parametrize(
     ("missing", "name", "runs", "install"),
     [
         (("onnxruntime",), "onnxruntime", False, "pip install 'whet[onnx]'"),
         (("onnxscript",), "onnxruntime", True, "pip install 'whet[onnx]'"),
         (("torch", "keras"), "onnxruntime", True, "pip install 'whet[torch]'"),
-        (("torch", "keras", "onnx"), "onnxruntime", False, "pip install 'whet[torch,onnx]'"),
+        (("torch", "keras", "onnx"), "onnxruntime-portable", False, "pip install 'whet[torch,onnx]'"),
         (("ai_edge_litert",), "litert", False, "pip install 'whet[litert]'"),
         (("tensorflow",), "litert", True, "pip install 'whet[keras]'"),
+        (("torch",), "torch", False, "pip install 'whet[torch]'"),
     ],
 )
 def test_what_is_missing_names_its_extra(monkeypatch, missing, name, runs, install):
     hide(monkeypatch, *missing)
     target = next(target for target in available() if target.name == name)
     assert (target.runs, target.exports, target.install) == (runs, False, install)
-    assert set(target.missing) == set(missing) - {"keras"} and missing[0] in str(target)  # torch is the first of two
+    assert set(target.missing) <= set(missing) and len(target.missing) == len(set(target.missing))
+    assert all(module in str(target) for module in target.missing)
     for other in available():
-        needed = {*RUN[other.runtime], *WRITE[other.runtime]}
-        ways = [needed | set(FRAMEWORKS[framework]) for framework in other.frameworks]
-        assert other.exports == any(not way & set(missing) for way in ways)
+        assert other.exports != uses(TARGETS[other.name], missing)
+
+
+def test_one_framework_of_several_is_enough(monkeypatch):
+    hide(monkeypatch, "torch")
+    assert next(target for target in available() if target.name == "onnxruntime").exports
+
+
+def test_every_target_describes_its_rules():
+    for target in TARGETS.values():
+        lines = target.describe()
+        assert lines and all(line and "\n" not in line for line in lines)
+        assert ("nothing is quantized" in lines[0]) == (not target.compute)

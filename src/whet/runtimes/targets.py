@@ -66,7 +66,7 @@ def _look(target: Target) -> Availability:
     # One of its frameworks is enough; what the first of them lacks is what an empty machine is told to install.
     found = [name for name in target.frameworks if not lacking(FRAMEWORKS[name])]
     framework = [] if found else lacking(FRAMEWORKS[target.frameworks[0]])
-    missing = (*run, *write, *framework)
+    missing = tuple(dict.fromkeys((*run, *write, *framework)))
     extras = ([target.frameworks[0]] if framework else []) + ([target.extra] if run or write else [])
-    install = f"pip install 'whet[{','.join(extras)}]'" if extras else None
+    install = f"pip install 'whet[{','.join(dict.fromkeys(extras))}]'" if extras else None
     return Availability(target.name, target.frameworks, target.suffix, not run, not missing, missing, install)

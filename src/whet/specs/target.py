@@ -47,6 +47,8 @@ class Target:
         def names(operations: frozenset[str]) -> str:
             return ", ".join(sorted(operations)) or "none"
 
+        if not self.compute:
+            return ["holds floats and computes in floats: nothing is quantized for it"]
         bits = "7 of 8 bits (±63)" if self.portable else "8 bits (±127)"
         lines = [
             f"integer operations with weights: {names(self.compute)}; other integer operations: {names(self.quantized)}",
