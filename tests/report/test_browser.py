@@ -227,3 +227,14 @@ def test_the_recipe_is_copied_and_the_json_saved(opened, data, tmp_path) -> None
         page.locator("#save-json").click()
     saving.value.save_as(tmp_path / "report.json")
     assert Report.read(tmp_path / "report.json").data == data
+
+
+def test_points_that_cover_each_other_are_told_together(browser, tmp_path) -> None:
+    data = sample_report()
+    data["candidates"][0]["on_val"] = data["candidates"][1]["on_val"]
+    write_html(Report(data), tmp_path / "same.html")
+    watched = Watched(browser, tmp_path / "same.html")
+    watched.page.locator("svg[aria-label^='accuracy against the file'] .chosen .halo").hover()
+    said = watched.page.locator("#tip").inner_text()
+    assert said.startswith("recipe 2") and "recipe 1" in said and "original" not in said
+    watched.context.close()

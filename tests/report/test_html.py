@@ -119,6 +119,26 @@ def test_the_weights_can_be_sorted() -> None:
     assert headings[:6] == ["weight", "parameters", "sparsity", "bits", "scheme", "SQNR, dB"]
 
 
+def test_the_further_numbers_of_both_files() -> None:
+    data = sample_report()
+    for entry, ms in ((data["original"], 1.0), (data["compressed"], 0.5)):
+        timed = {"p50": ms, "p90": 2 * ms, "p99": 3 * ms, "batch": 8, "threads": 2, "runs": 9, "cpu_per_wall": 1.0}
+        entry["latencies"] = [{**timed, "ratio": {"value": ms, "ci95": [ms, ms]}}]
+        entry["operators"] = {"quantized": 4, "float": 1, "other": 2, "delegated": None, "reason": "it does not tell"}
+        entry["process"] = {"import_s": 0.1, "load_s": 0.007, "first_run_s": 0.001, "peak_rss_bytes": 64_000_000}
+        entry["zstd_bytes"] = {"value": None, "reason": "not installed"}
+    text = page(original=data["original"], compressed=data["compressed"]).all_text()
+    for said in (
+        "p50 / p90 / p99, batch 8, 2 threads",
+        "0.500 / 1.00 / 1.50",
+        "4 in integers, 1 in float, 2 other",
+        "64.0",
+        "7.00",
+    ):
+        assert said in text
+    assert "Further numbers" not in page().all_text()
+
+
 def test_columns_that_no_step_filled_are_left_out() -> None:
     data = sample_report()
     for step in data["steps"]:

@@ -15,6 +15,7 @@ import yaml
 from whet.files import replacing
 from whet.records import Report
 from whet.report import charts, histograms, words
+from whet.report.details import detail_rows
 from whet.report.tradeoff import scatters
 from whet.report.view import Layer, View, view_of
 
@@ -69,6 +70,7 @@ def render_html(report: Report) -> str:
         cards=_cards(data),
         columns=[column for column in COLUMNS if any(column.value(layer) is not None for layer in view.layers)],
         whiskers=charts.whiskers([data["original"]["metric"], data["compressed"]["metric"]]),
+        details=detail_rows(data),
         drawn_steps=sorted({number for layer in view.layers for number in layer.histograms}),
         drawn=histograms.drawn,
         mini=histograms,

@@ -130,6 +130,7 @@ def _scatter(title: str, files: Sequence[_File], position: Any, said: Any, split
         tip = "\n".join(line for line in lines if line)
         points.append(Point(at, y(value), y(low), y(high), file.kind, file.label, place, tip))
     step = said(x_ticks[-1]).split()[-1]
+    points.sort(key=lambda point: point.kind == "chosen")  # drawn last, it is never covered
     return Scatter(
         title,
         tuple(points),

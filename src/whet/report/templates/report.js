@@ -53,8 +53,13 @@ const marks = (chart) => {
     at: (event) => parts.indexOf(event.target.closest(".hit")),
     show: (index) => {
       parts[index].classList.add("on");
-      const box = parts[index].querySelector(".halo").getBoundingClientRect();
-      return [parts[index].dataset.tip, box.left + box.width / 2, box.top + box.height / 2];
+      const centre = (part) => {
+        const box = part.querySelector(".halo").getBoundingClientRect();
+        return [box.left + box.width / 2, box.top + box.height / 2];
+      };
+      const [x, y] = centre(parts[index]);
+      const covered = parts.filter((part, i) => i !== index && Math.hypot(centre(part)[0] - x, centre(part)[1] - y) < 5);
+      return [[parts[index], ...covered].map((part) => part.dataset.tip).join("\n\n"), x, y];
     },
   };
 };
