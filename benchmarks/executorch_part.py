@@ -46,3 +46,11 @@ def write_peer(model: Any, images: Any, path: Path, *, batch: int = 64) -> dict[
     lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
     path.write_bytes(lowered.buffer)
     return {"quantize": quantized - started, "lower": time.perf_counter() - quantized}
+
+
+def pt2e(_: Path, batches: list[Any], path: Path) -> None:
+    """As `write_peer`, of the CIFAR-10 ResNet-20, in the form of the other runtimes' peers in `runtimes.py`."""
+    import numpy as np
+    from cifar import resnet20
+
+    write_peer(resnet20(), np.concatenate(batches), path)
