@@ -1,0 +1,209 @@
+"""ResNet-20 on CIFAR-10 in every runtime: Whet's int8 file beside the float file and the best peer's, in one process.
+
+    python benchmarks/runtimes.py [--images 10000] [--runtimes onnxruntime openvino]
+
+The process is pinned to one core. All numbers come from the exported files, run by their runtimes; latency is that of a
+batch of 8, all files in alternation; seconds are of processor time, which on one core is wall time where nothing else
+runs. Peers quantize with the same 512 images: ONNX Runtime's quantize_static (MinMax), NNCF.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from cifar import images, resnet20  # noqa: E402
+
+import whet  # noqa: E402
+from whet.numerics.statistics import ratio_of_medians, sqnr_db  # noqa: E402
+from whet.runtimes.latency import alternate  # noqa: E402
+from whet.runtimes.sessions import Session, open_session, parts  # noqa: E402
+from whet.specs import TARGETS  # noqa: E402
+from whet.torch import export  # noqa: E402
+
+CALIBRATION, BATCH = 512, 64
+LEAST_TOP1, MOST_RATIO, MORE_BYTES = 0.88, 1.10, 1.02
+LEAST_AGREEMENT = {"onnxruntime": 0.995, "openvino": 0.990, "executorch": 0.995}
+LEAST_GAIN_DB = {"onnxruntime": 3.0, "openvino": 1.0, "executorch": 3.0}
+
+
+def static(model: Path, batches: list[np.ndarray], path: Path) -> None:
+    """ONNX Runtime's own quantization of an ONNX file, with its defaults for x86."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.items = iter([{"x": batch} for batch in batches])
+
+        def get_next(self) -> Any:
+            return next(self.items, None)
+
+    quantize_static(
+        str(model),
+        str(path),
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+
+
+def nncf(model: Path, batches: list[np.ndarray], path: Path) -> None:
+    """NNCF's quantization of an OpenVINO file, with its defaults."""
+    import nncf as peer
+    import openvino
+
+    opened = openvino.Core().read_model(str(model))
+    openvino.save_model(peer.quantize(opened, peer.Dataset(batches), subset_size=len(batches)), path, compress_to_fp16=False)
+
+
+PEERS: dict[str, Callable[[Path, list[np.ndarray], Path], None]] = {"onnxruntime": static, "openvino": nncf}
+
+
+def main() -> None:
+    """Print the tables."""
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--images", type=int, default=10_000)
+    options.add_argument("--runtimes", nargs="+", default=[name for name in PEERS], choices=list(LEAST_AGREEMENT))
+    given = options.parse_args()
+    torch.set_num_threads(1)
+    x, y = images("test", given.images)
+    calibration, _ = images("train", CALIBRATION)
+    batches = [calibration[i : i + BATCH] for i in range(0, CALIBRATION, BATCH)]
+    model = resnet20()
+    seconds = forward_seconds(model, batches)
+    print(f"plain forward of {CALIBRATION} images in PyTorch on one core: {seconds:.2f} s")
+    float_outputs = predict(model, x)
+    print(f"float model in PyTorch: top-1 {top1(float_outputs, y):.2%} of {len(x):,} images\n")
+    for name in given.runtimes:
+        with tempfile.TemporaryDirectory() as folder:
+            table(name, Path(folder), model, batches, x, y, float_outputs, seconds)
+
+
+def table(
+    name: str,
+    folder: Path,
+    model: Any,
+    batches: list[np.ndarray],
+    x: np.ndarray,
+    y: np.ndarray,
+    float_outputs: np.ndarray,
+    seconds: float,
+) -> None:
+    """One runtime: its files measured, and whether Whet's reaches the bars."""
+    target = TARGETS[name]
+    files = {kind: folder / f"{kind}{target.suffix}" for kind in ("float", "whet", "peer")}
+    export(model, None, target, files["float"], example=batches[0])
+    took = []
+    for _ in range(2):  # the first also loads what exporting needs
+        start = time.process_time()
+        made = whet.quantize(model, whet.Quantize(), calibration=batches, target=name, progress=False)
+        middle = time.process_time()
+        made.export(files["whet"], overwrite=True)
+        took.append((time.process_time() - start, middle - start))
+    start = time.process_time()
+    if name in PEERS:
+        with quiet():
+            PEERS[name](files["float"], batches, files["peer"])
+    peer_seconds = time.process_time() - start
+    sessions = {kind: open_session(path, threads=1) for kind, path in files.items() if path.exists()}
+    if name == "openvino":
+        from whet.runtimes.openvino import OpenVINOSession
+
+        sessions["float, automatic"] = OpenVINOSession(files["float"], 1, precision=None)
+    outputs = {kind: run(session, x) for kind, session in sessions.items()}
+    simulated = predict(made.model, x)
+    times = dict(zip(sessions, alternate(list(sessions.values()), x[:8], budget_s=12.0), strict=True))
+    print(f"{name} {sessions['whet'].version}")
+    print(f"  {'':18}{'top-1':>8}{'ms p50':>9}{'bytes':>11}{'agrees':>9}{'dB to simulation':>18}")
+    for kind, session in sessions.items():
+        size = sum(item.stat().st_size for item in parts(files.get(kind, files["float"])))
+        agreed = np.mean(outputs[kind].argmax(1) == simulated.argmax(1))
+        noise = sqnr_db(simulated, outputs[kind])
+        p50 = times[kind].latency(batch=8, threads=session.threads).p50
+        print(f"  {kind:18}{top1(outputs[kind], y):8.2%}{p50:9.3f}{size:11,}{agreed:9.2%}{noise or np.inf:18.1f}")
+    print(f"  simulation        {top1(simulated, y):8.2%}")
+    low = sqnr_db(simulated, float_outputs)
+    bars = [
+        ("top-1", top1(outputs["whet"], y), ">=", LEAST_TOP1),
+        ("|file - simulation| in top-1", abs(top1(outputs["whet"], y) - top1(simulated, y)), "<=", 0.003),
+        (
+            "agreement with the simulation",
+            np.mean(outputs["whet"].argmax(1) == simulated.argmax(1)),
+            ">=",
+            LEAST_AGREEMENT[name],
+        ),
+        ("dB, file against simulation", sqnr_db(simulated, outputs["whet"]) or np.inf, ">=", (low or 0) + LEAST_GAIN_DB[name]),
+        ("seconds, first time", took[0][0], "<=", 1.5 * seconds + 1),
+        ("seconds, second time", took[1][0], "<=", 1.5 * seconds + 1),
+    ]
+    if "peer" in sessions:
+        ratio = ratio_of_medians(times["whet"].ms, times["peer"].ms)
+        size = {kind: sum(item.stat().st_size for item in parts(files[kind])) for kind in ("whet", "peer")}
+        bars += [
+            ("latency against the peer, upper end of 95 %", ratio[1], "<=", MOST_RATIO),
+            ("bytes against the peer", size["whet"] / size["peer"], "<=", MORE_BYTES),
+        ]
+    for what, value, relation, bar in bars:
+        reached = value >= bar if relation == ">=" else value <= bar
+        print(f"  {'reached' if reached else 'MISSED '} {what}: {value:.4g} ({relation} {bar:.4g})")
+    solved, exported = took[1][1], took[1][0] - took[1][1]
+    print(f"  seconds to quantize: calibrate and solve {solved:.2f}, export {exported:.2f}; peer {peer_seconds:.2f}\n")
+
+
+def forward_seconds(model: Any, batches: list[np.ndarray]) -> float:
+    """The best of three plain passes over the calibration images."""
+    tensors, best = [torch.from_numpy(batch) for batch in batches], float("inf")
+    for _ in range(3):
+        start = time.process_time()
+        with torch.no_grad():
+            for tensor in tensors:
+                model(tensor)
+        best = min(best, time.process_time() - start)
+    return best
+
+
+def predict(model: Any, x: np.ndarray) -> np.ndarray:
+    """The outputs of a PyTorch model."""
+    with torch.no_grad():
+        return np.concatenate([model(torch.from_numpy(x[i : i + 250])).numpy() for i in range(0, len(x), 250)])
+
+
+def run(session: Session, x: np.ndarray) -> np.ndarray:
+    """The outputs of a file."""
+    return np.concatenate([session.run(x[i : i + 250]) for i in range(0, len(x), 250)])
+
+
+def top1(outputs: np.ndarray, y: np.ndarray) -> float:
+    """The fraction of examples whose highest output is their label."""
+    return float(np.mean(outputs.argmax(1) == y))
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    """Without the peers' logs and bars."""
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+    logging.disable(logging.NOTSET)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
