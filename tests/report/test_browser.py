@@ -238,3 +238,15 @@ def test_points_that_cover_each_other_are_told_together(browser, tmp_path) -> No
     said = watched.page.locator("#tip").inner_text()
     assert said.startswith("recipe 2") and "recipe 1" in said and "original" not in said
     watched.context.close()
+
+
+def test_a_hostile_recipe_stays_text_under_the_pointer(browser, tmp_path) -> None:
+    data = sample_report()
+    hostile = "<img src=x onerror=alert(1)>"
+    data["candidates"][1]["recipe"] = [{"Prune": {"keep": [hostile]}}]
+    write_html(Report(data), tmp_path / "hostile.html")
+    watched = Watched(browser, tmp_path / "hostile.html")
+    watched.page.locator("svg .chosen .halo").first.hover()
+    assert hostile in watched.page.locator("#tip").inner_text()
+    assert watched.page.locator("img").count() == 0 and watched.said == []
+    watched.context.close()

@@ -66,10 +66,32 @@ def test_a_name_is_never_a_formula_and_commas_stay_in_their_cell() -> None:
     assert first["name"].startswith('\'=HYPERLINK("x","y")') and float(first["original"]) == 0.975
 
 
-def test_a_report_without_measurements_is_refused(tmp_path) -> None:
+def test_a_report_with_half_of_its_measurements_is_refused(tmp_path) -> None:
     with pytest.raises(RuntimeFileError, match=r"original\.file"):
-        write_csv(Report({"format": 1, "seed": 0, "steps": []}), tmp_path)
+        write_csv(Report({"format": 1, "seed": 0, "steps": [], "compressed": {}}), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def steps_alone() -> Report:
+    """The report of `whet.fit`: nothing was exported or measured."""
+    return Report({key: sample_report()[key] for key in ("format", "seed", "steps")})
+
+
+def test_the_steps_of_a_single_verb_are_logged_too(tmp_path) -> None:
+    history, final = write_csv(steps_alone(), tmp_path)
+    assert len(history.read_text().splitlines()) == 25 and final.read_text().splitlines() == [
+        "name,original,compressed,change,low,high"
+    ]
+    pytest.importorskip("tensorboard")
+    to_tensorboard(steps_alone(), tmp_path / "runs")
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_mlflow_takes_the_steps_of_a_single_verb(mlflow) -> None:
+    run_id = to_mlflow(steps_alone(), "verbs")
+    client = mlflow.MlflowClient()
+    assert len(client.get_metric_history(run_id, "step 1/loss")) == 24
+    assert [item.path for item in client.list_artifacts(run_id)] == ["report.json"]
 
 
 def test_tensorboard_reads_the_curves_and_the_final_numbers(tmp_path) -> None:

@@ -99,36 +99,38 @@ def to_mlflow(report: Report, experiment: str | None = None) -> str:
     mlflow = require("mlflow", "mlflow", "Logging to MLflow")
     from whet.report.html import render_html
 
-    page, scalars, curves = render_html(report), _scalars(report), list(_curves(report))
+    page, scalars = render_html(report) if _is_measured(report) else None, _scalars(report)
     active = mlflow.active_run()
     try:
         if active is not None:
-            run_id = str(active.info.run_id)
-            _log_mlflow(mlflow, report, page, scalars, curves)
-            return run_id
-        found = None if experiment is None else mlflow.get_experiment_by_name(experiment)
-        chosen = (
-            found.experiment_id if found is not None else None if experiment is None else mlflow.create_experiment(experiment)
-        )
-        with mlflow.start_run(experiment_id=chosen) as run:
-            _log_mlflow(mlflow, report, page, scalars, curves)
+            _log_mlflow(mlflow, report, page, scalars)
+            return str(active.info.run_id)
+        with mlflow.start_run(experiment_id=_experiment(mlflow, experiment)) as run:
+            _log_mlflow(mlflow, report, page, scalars)
             return str(run.info.run_id)
     except (OSError, mlflow.exceptions.MlflowException) as cause:
         raise OutputError(f"MLflow could not store the run at {mlflow.get_tracking_uri()!r}: {cause}") from cause
 
 
-def _log_mlflow(
-    mlflow: Any, report: Report, page: str, scalars: Mapping[str, float], curves: list[tuple[str, float, int]]
-) -> None:
+def _experiment(mlflow: Any, name: str | None) -> str | None:
+    """The id of the experiment `name`, made if need be; the one that MLflow has active is left as it is."""
+    if name is None:
+        return None
+    found = mlflow.get_experiment_by_name(name)
+    return str(mlflow.create_experiment(name) if found is None else found.experiment_id)
+
+
+def _log_mlflow(mlflow: Any, report: Report, page: str | None, scalars: Mapping[str, float]) -> None:
     data = report.data
     steps = {f"step {i}": words.spec_text(step["spec"])[:_PARAMETER_LENGTH] for i, step in enumerate(data["steps"], 1)}
-    target = (data["compressed"].get("placement") or {}).get("target") or "float"
+    target = ((data.get("compressed") or {}).get("placement") or {}).get("target") or "float"
     mlflow.log_params({"seed": data["seed"], "target": target, **steps})
     mlflow.log_metrics({_mlflow_name(name): value for name, value in scalars.items()})
-    for name, value, epoch in curves:
+    for name, value, epoch in _curves(report):
         mlflow.log_metric(_mlflow_name(name), value, step=epoch)
     mlflow.log_text(report.to_json(), "report.json")
-    mlflow.log_text(page, "report.html")
+    if page is not None:
+        mlflow.log_text(page, "report.html")
 
 
 def _mlflow_name(name: str) -> str:
@@ -150,7 +152,14 @@ def _curves(report: Report) -> Iterator[tuple[str, float, int]]:
                 yield f"step {number}/{key}", float(row[key]), int(row["epoch"])
 
 
+def _is_measured(report: Report) -> bool:
+    """Whether there is a before and after; the verbs' own reports, `whet.fit(…).report`, hold steps alone."""
+    return any(key in report.data for key in ("original", "compressed", "change"))
+
+
 def _final(report: Report) -> list[list[Any]]:
+    if not _is_measured(report):
+        return []
     view_of(report)  # says which entry is missing
     before, after, change = (report.data[key] for key in ("original", "compressed", "change"))
     drop, ratio = change["metric_drop"], change.get("latency_ratio") or {}
