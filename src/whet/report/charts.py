@@ -178,6 +178,7 @@ def _epoch_ticks(first: int, last: int) -> list[int]:
 
 
 def tick_label(value: float, ticks: Sequence[float], in_percent: bool) -> str:
+    """`value` with as many decimals as tell it from the other `ticks`."""
     step, shown = ticks[1] - ticks[0], value
     if in_percent:
         step, shown = step * 100, value * 100
