@@ -60,7 +60,7 @@ def train(
     started = time.perf_counter()
     steps = spec.epochs * len(train)
     ramp = lay(spec.prune, steps) if spec.prune is not None else None
-    with seeded(model, seed), contextlib.nullcontext() if device is None else keras.device(device):
+    with seeded(model, seed), on_device(device):
         objective = Objective(spec, Teacher(teacher, model) if spec.distill is not None else None)
         objective.check(model, *train.first())
         masker = Masker(model, spec.prune, masks)
@@ -72,6 +72,22 @@ def train(
     record = {"history": loop.history, "stop": stop, "metric": judge.name, "notes": [*objective.notes, *judge.notes]}
     step = Step(plain_spec(spec), masker.changed(), masker.skipped, seconds, record, masker.unmatched)
     return masker.masks(), step
+
+
+def on_device(device: str | None) -> Any:
+    """The context in which the backend computes on `device`; None: where it would anyway.
+
+    Raises:
+        ModelError: there is no such device.
+    """
+    if device is None:
+        return contextlib.nullcontext()
+    try:
+        with keras.device(device):
+            keras.ops.convert_to_numpy(keras.ops.zeros((1,)))
+    except Exception as cause:
+        raise ModelError(f"The device {device!r} cannot be used: {short(cause)} Try device='cpu' or 'gpu:0'.") from cause
+    return keras.device(device)
 
 
 class _Student(keras.Model):  # type: ignore[misc]

@@ -71,21 +71,18 @@ def load(folder: str | os.PathLike[str], model: Any = None) -> Compressed:
         raise RuntimeFileError(f"{str(folder)!r} is not a folder written by Compressed.save(): {cause}.") from cause
     except Exception as cause:  # json and safetensors raise their own kinds; all mean a damaged file
         raise RuntimeFileError(f"A file in {str(folder)!r} is damaged: {cause}") from cause
-    if index.get("format") != FORMAT:
-        raise RuntimeFileError(
-            f"This Whet reads folders of format {FORMAT}; {str(folder)!r} has format {index.get('format')!r}."
-        )
-    side = side_named(index["framework"])
-    return Compressed(
-        side,
-        side.load_model(folder, index["model"], model),
-        _example_from_dict(index["example"], arrays),
-        _plan_from_dict(index["plan"], arrays),
-        _masks_from_dict(index["masks"], arrays),
-        tuple(Step.from_dict(step) for step in index["steps"]),
-        index["seed"],
-        index["measured"],
-    )
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        got = index.get("format") if isinstance(index, dict) else type(index).__name__
+        raise RuntimeFileError(f"This Whet reads folders of format {FORMAT}; {str(folder)!r} has format {got!r}.")
+    try:
+        framework, kept, seed, measured = index["framework"], index["model"], index["seed"], index["measured"]
+        example = _example_from_dict(index["example"], arrays)
+        plan, masks = _plan_from_dict(index["plan"], arrays), _masks_from_dict(index["masks"], arrays)
+        steps = tuple(Step.from_dict(step) for step in index["steps"])
+    except (KeyError, IndexError, TypeError, AttributeError) as cause:
+        raise RuntimeFileError(f"A file in {str(folder)!r} is damaged: {type(cause).__name__} {cause}.") from cause
+    side = side_named(framework)
+    return Compressed(side, side.load_model(folder, kept, model), example, plan, masks, steps, seed, measured)
 
 
 def _check_round_trip(compressed: Compressed, folder: Path) -> None:
