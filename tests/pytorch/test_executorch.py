@@ -87,7 +87,7 @@ def test_every_layer_of_an_int8_file_is_delegated_in_integers(int8):
         ("XNNConv2d", "int8", "int8", None, True),
         ("XNNFullyConnected", "int8", "int8", "int32", True),
     ]
-    assert [item.channels for item in layers] == [8, 8, 5]
+    assert [item.channels for item in layers] == [8, 8, None]
 
 
 def test_what_xnnpack_does_not_take_is_shown_as_a_portable_kernel(int8):
@@ -202,6 +202,15 @@ def test_an_operator_without_a_kernel_is_named_and_nothing_is_left(tmp_path):
     with pytest.raises(errors.ExportError, match=r"lacks .*aten::linalg_svd|aten::.*svd"):
         result.export(tmp_path / "none.pte", "executorch")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_alone_are_refused_as_integers_and_taken_in_16_bits(tmp_path):
+    alone = whet.quantize(seeded(Net), whet.Quantize(whet.Int(8), activations=None), target="executorch", example=IMAGES[:2], progress=False)
+    with pytest.raises(errors.ExportError, match="integer weights only beside integer activations"):
+        alone.export(tmp_path / "alone.pte")
+    half = whet.quantize(seeded(Net), whet.Quantize(whet.Float("float16"), None), target="executorch", example=IMAGES[:2], progress=False)
+    path = half.export(tmp_path / "half.pte")
+    np.testing.assert_allclose(open_session(path, threads=1).run(IMAGES), answers(half.model, IMAGES), atol=1e-4)
 
 
 def test_the_original_is_untouched(made):

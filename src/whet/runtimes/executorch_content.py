@@ -127,7 +127,7 @@ def _delegated(graph: Any, index: int) -> Iterator[Operation]:
             _dtype(tensors[first]),
             None if weight is None else _dtype(weight),
             None if bias is None else _dtype(bias),
-            channels=None if weight is None else int(weight["dims"][0]),
+            channels=int(weight["dims"][0]) if weight is not None and "Conv" in node["xnode_union_type"] else None,
             delegated=True,
         )
 
