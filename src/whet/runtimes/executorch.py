@@ -51,6 +51,7 @@ class ExecuTorchSession(Session):
         self._torch: Any = require("torch", "torch", "Running a .pte file")
         try:
             with silent():
+                require("executorch.kernels.quantized", "executorch", "Running a .pte file")  # kernels for quantizers
                 self._program = package.Runtime.get().load_program(path)
                 self._method = self._program.load_method("forward")
         except (RuntimeError, ValueError) as cause:

@@ -43,7 +43,14 @@ def export_executorch(model: Any, plan: Plan | None, target: Target, path: Path,
         ExportError: the model cannot be traced, an operator has no ExecuTorch kernel, or the file does not do what it must.
         MissingExtraError: the extra `executorch` is not installed.
     """
-    require("executorch.runtime", "executorch", "Exporting to ExecuTorch")
+    with quietly():
+        for module in ("executorch.runtime", "executorch.kernels.quantized"):  # the second brings kernels for quantizers
+            require(module, "executorch", "Exporting to ExecuTorch")
+    if plan is not None and plan.weights and not plan.values:
+        raise ExportError(
+            "XNNPACK takes integer weights only beside integer activations, and this plan quantizes weights alone. Quantize "
+            "activations too (activations=Int(8, symmetric=False)), or store 16 bits: Quantize(Float('float16'), None)."
+        )
     work = ready(model, plan, target)
     inputs = _enough_rows(to_tensors(example, torch.device("cpu"), torch.float32), dynamic)
     program = trace_program(work, inputs, dynamic, largest=LARGEST_AXIS)
