@@ -73,7 +73,11 @@ def nncf(model: Path, batches: list[np.ndarray], path: Path) -> None:
     openvino.save_model(peer.quantize(opened, peer.Dataset(batches), subset_size=len(batches)), path, compress_to_fp16=False)
 
 
-PEERS: dict[str, Callable[[Path, list[np.ndarray], Path], None]] = {"onnxruntime": static, "openvino": nncf}
+PEERS: dict[str, Callable[[Path, list[np.ndarray], Path], None]] = {
+    "onnxruntime": static,
+    "openvino": nncf,
+    "executorch": pt2e,
+}
 
 
 def main() -> None:

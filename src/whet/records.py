@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from whet import htmltext
+from whet import htmltext, texts
 from whet.errors import RuntimeFileError
 
 FORMAT = 1
@@ -107,6 +107,17 @@ class Evidence:
         if self.parity is not None:
             plain["parity"] = self.parity
         return plain
+
+    def __str__(self) -> str:
+        """A line of what matters, and a line for every warning."""
+        parts = [f"{self.metric['name']} {texts.score_with_interval(self.metric)} (n={self.metric['n']:,})"]
+        if self.bytes:
+            parts.append(f"{texts.bytes_text(self.bytes)}, {texts.bytes_text(self.gzip_bytes)} gzipped")
+        if self.latency_ms is not None:
+            timed = self.latency_ms
+            parts.append(f"{texts.ms_text(timed.p50)} (batch {timed.batch}, {timed.threads} thread{'s'[: timed.threads > 1]})")
+        parts.append(" ".join(filter(None, (self.runtime["name"], self.runtime.get("version")))))
+        return "\n".join([f"{self.file}: " * bool(self.file) + "; ".join(parts), *(f"! {text}" for text in self.warnings)])
 
     def _repr_html_(self) -> str:
         return htmltext.evidence_html(self.to_dict())

@@ -143,7 +143,10 @@ def test_named_inputs_and_outputs_keep_their_names(tmp_path):
     model = seeded(Named)
     made = whet.quantize(model, calibration=data, target="executorch", example=data[0], progress=False)
     session = open_session(made.export(tmp_path / "named.pte"), threads=1)
-    assert [slot.name for slot in session.inputs] == ["a", "b"] and [slot.name for slot in session.outputs] == ["features", "logits"]
+    assert [slot.name for slot in session.inputs] == ["a", "b"] and [slot.name for slot in session.outputs] == [
+        "features",
+        "logits",
+    ]
     features, logits = session.run({"b": data[0]["b"], "a": data[0]["a"]})
     with torch.no_grad():
         expected = made.model(**{key: torch.from_numpy(value) for key, value in data[0].items()})
@@ -205,10 +208,14 @@ def test_an_operator_without_a_kernel_is_named_and_nothing_is_left(tmp_path):
 
 
 def test_weights_alone_are_refused_as_integers_and_taken_in_16_bits(tmp_path):
-    alone = whet.quantize(seeded(Net), whet.Quantize(whet.Int(8), activations=None), target="executorch", example=IMAGES[:2], progress=False)
+    alone = whet.quantize(
+        seeded(Net), whet.Quantize(whet.Int(8), activations=None), target="executorch", example=IMAGES[:2], progress=False
+    )
     with pytest.raises(errors.ExportError, match="integer weights only beside integer activations"):
         alone.export(tmp_path / "alone.pte")
-    half = whet.quantize(seeded(Net), whet.Quantize(whet.Float("float16"), None), target="executorch", example=IMAGES[:2], progress=False)
+    half = whet.quantize(
+        seeded(Net), whet.Quantize(whet.Float("float16"), None), target="executorch", example=IMAGES[:2], progress=False
+    )
     path = half.export(tmp_path / "half.pte")
     np.testing.assert_allclose(open_session(path, threads=1).run(IMAGES), answers(half.model, IMAGES), atol=1e-4)
 

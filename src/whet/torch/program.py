@@ -156,9 +156,7 @@ def _named_axes(inputs: Any, dynamic: Any, largest: int | None) -> dict[str, dic
         sizes = [int(tensor.shape[axis]) for tensor in tensors_in(known[name]) if tensor.ndim > axis]
         return dims.setdefault(label, torch.export.Dim(label, max=None if most is None else max(most, *sizes)))
 
-    return {
-        name: {int(axis): dim(label, name, int(axis)) for axis, label in axes.items()} for name, axes in dynamic.items()
-    }
+    return {name: {int(axis): dim(label, name, int(axis)) for axis, label in axes.items()} for name, axes in dynamic.items()}
 
 
 def check_sites(model: Any, plan: Plan | None) -> None:
