@@ -267,6 +267,16 @@ def test_an_output_is_refused_before_the_work(b, tmp_path):
         compressed(b, b.build(), out="/proc/1/out", metric=never)
 
 
+def test_a_metric_is_tried_before_the_work(b, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(technique("train", b.name).side, "train", never)
+    monkeypatch.setattr(technique("train", b.name).side, "export", never)
+    with pytest.raises(MetricError, match="nan_metric"):
+        compressed(b, b.build(), metric=nan_metric, recipe=[Train(epochs=1), Quantize()])
+
+
 EXTRAS = {
     "torch": ("onnxscript", "onnxscript.optimizer", "onnx"),
     "keras": ("ai_edge_litert", "ai_edge_litert.schema_py_generated"),
