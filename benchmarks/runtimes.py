@@ -1,10 +1,10 @@
 """ResNet-20 on CIFAR-10 in every runtime: Whet's int8 file beside the float file and the best peer's, in one process.
 
-    python benchmarks/runtimes.py [--images 10000] [--runtimes onnxruntime openvino]
+    python benchmarks/runtimes.py [--images 10000] [--runtimes onnxruntime openvino executorch]
 
 The process is pinned to one core. All numbers come from the exported files, run by their runtimes; latency is that of a
 batch of 8, all files in alternation; seconds are of processor time, which on one core is wall time where nothing else
-runs. Peers quantize with the same 512 images: ONNX Runtime's quantize_static (MinMax), NNCF.
+runs. Peers quantize with the same 512 images: ONNX Runtime's quantize_static (MinMax), NNCF, torchao PT2E.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from cifar import images, resnet20  # noqa: E402
+from executorch_part import pt2e  # noqa: E402
 
 import whet  # noqa: E402
 from whet.numerics.statistics import ratio_of_medians, sqnr_db  # noqa: E402

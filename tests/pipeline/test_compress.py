@@ -12,6 +12,7 @@ from whet import Budget, Cubic, Distill, EarlyStopping, Metric, Prune, Quantize,
 from whet.pipeline.compress import default_recipes
 from whet.runtimes.sessions import open_session
 
+ONCE = pytest.mark.parametrize("b", ["torch"], indirect=True)  # what no framework side takes part in
 LIGHT = Recipe((Quantize(),))
 RUINOUS = Recipe((Prune(0.97), Quantize()))
 
@@ -54,6 +55,7 @@ def test_without_a_recipe_the_hardest_that_holds_is_chosen(b):
     assert sum(int((mask == 0).sum()) for mask in made.masks.values()) == round(0.8 * (54 + 288))
 
 
+@ONCE
 def test_a_recipe_that_misses_gives_way_to_a_lighter_one(b, monkeypatch):
     instead(monkeypatch, RUINOUS, LIGHT)
     made = run(b, recipe=None, budget=Budget(max_drop=0.05))
@@ -63,6 +65,7 @@ def test_a_recipe_that_misses_gives_way_to_a_lighter_one(b, monkeypatch):
     assert made.masks == {} and made.report.data["recipe"] == LIGHT.to_dict() and made.report.data["budget"]["met"]
 
 
+@ONCE
 def test_when_all_miss_the_best_is_returned_and_says_what_it_missed(b, monkeypatch):
     instead(monkeypatch, RUINOUS, LIGHT)
     made = run(b, recipe=None, budget=Budget(max_drop=0.05, size="10 B", gzip=0.001))
@@ -72,11 +75,13 @@ def test_when_all_miss_the_best_is_returned_and_says_what_it_missed(b, monkeypat
     assert budget["missed"][0].endswith("allowed 10") and "bytes" in budget["missed"][0]
 
 
+@ONCE
 def test_confidence_and_latency_that_hold(b):
     budget = run(b, budget=Budget(max_drop=0.2, confidence=0.95, latency="20 s")).report.data["budget"]
     assert budget["met"] and budget["missed"] == []
 
 
+@ONCE
 def test_what_cannot_be_shown_says_how_many_examples_it_needs(b):
     budget = run(b, budget=Budget(max_drop=0.01, confidence=0.95, latency="0.01 us")).report.data["budget"]
     assert not budget["met"]
@@ -92,6 +97,7 @@ def nearness(outputs, targets):
     return (np.all(targets == 0, axis=1) | (np.abs(outputs - targets).max(axis=1) < 1e-4)).astype(float)
 
 
+@ONCE
 def test_decided_on_val_and_reported_on_test(b):
     model = b.build()
     x, _ = b.data(40, 2)
@@ -112,6 +118,7 @@ def test_decided_on_val_and_reported_on_test(b):
     assert any("the drop on test is above the 0.01 that held on val" in text for text in data["warnings"])
 
 
+@ONCE
 def test_a_metric_of_the_whole(b):
     def share(outputs, targets):
         return np.mean(outputs.argmax(1) == targets)
@@ -213,6 +220,7 @@ def test_the_folder_is_written_whole_and_replaced_only_when_asked(b, tmp_path):
     assert json.loads((out / "report.json").read_text())["seed"] == 3
 
 
+@ONCE
 def test_a_folder_is_not_half_written(b, monkeypatch, tmp_path):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -120,11 +120,12 @@ _REGISTRIES: dict[Any, Any] = {}
 
 
 def few_runs(monkeypatch: Any) -> None:
-    """Let `compress` time files a few times only, where it would choose how often."""
-    module = importlib.import_module("whet.pipeline.compress")
-    gather = module.gather
+    """Time files a few times only where Whet would choose how often, and in no processes of their own."""
+    gather = importlib.import_module("whet.runtimes.evidence").gather
 
     def quick(*args: Any, **options: Any) -> Any:
-        return gather(*args, **{**options, "runs": 5 if options.get("runs") is None else options["runs"]})
+        few = {"runs": 5 if options.get("runs") is None else options["runs"], "processes": False}
+        return gather(*args, **{**options, **few})
 
-    monkeypatch.setattr(module, "gather", quick)
+    for module in ("whet.pipeline.compress", "whet.runtimes.evidence"):
+        monkeypatch.setattr(importlib.import_module(module), "gather", quick)
