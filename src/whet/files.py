@@ -74,6 +74,8 @@ def filling(folder: str | os.PathLike[str]) -> Iterator[Path]:
         scratch = Path(tempfile.mkdtemp(prefix=".whet-", dir=folder))
         yield scratch
         for path in sorted(scratch.iterdir()):
+            if (folder / path.name).is_dir() and path.is_dir():
+                shutil.rmtree(folder / path.name)
             os.replace(path, folder / path.name)
     except OSError as cause:
         if isinstance(cause, OutputError):

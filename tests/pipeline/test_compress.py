@@ -286,3 +286,20 @@ def test_a_train_step_reports_its_history(b):
     assert [row["epoch"] for row in train["history"]] == [1, 2, 3]
     assert all(set(row) == {"epoch", "loss", "metric", "sparsity", "learning_rate", "eligible"} for row in train["history"])
     assert train["history"][-1]["sparsity"] == pytest.approx(0.5) and set(train["stop"]) == {"reason", "best_epoch", "epochs"}
+
+
+@pytest.mark.parametrize(
+    ("framework", "target", "beside"),
+    [("torch", "openvino", "{}.bin"), ("keras", "tensorflow", "{}.savedmodel/saved_model.pb")],
+)
+def test_files_in_several_parts_are_written_whole_and_run(framework, target, beside, tmp_path):
+    pytest.importorskip(target)
+    b = bench(framework)
+    given = {"target": target, "recipe": LIGHT if target == "openvino" else Recipe((Prune(0.5),)), "out": tmp_path}
+    for overwrite in (False, True):
+        made = run(b, **given, overwrite=overwrite).report.data["compressed"]
+        assert (tmp_path / beside.format("model")).exists() and (tmp_path / beside.format("original")).exists()
+        measured = whet.measure(tmp_path / made["file"], b.data(48, 1), progress=False)
+        assert measured.metric["value"] == made["metric"]["value"] and measured.bytes == made["bytes"]
+    with pytest.raises(whet.WhetError, match="already holds"):
+        run(b, **given)

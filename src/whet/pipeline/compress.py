@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from whet.report.sinks import CSV_FILES, write_csv
 from whet.runtimes.content import check_integer
 from whet.runtimes.environment import environment
 from whet.runtimes.evidence import Measured, change, gather, parity, score
+from whet.runtimes.sessions import companion_of, parts
 from whet.specs import (
     Budget,
     Cubic,
@@ -363,7 +365,8 @@ def _check_metric(job: Job) -> None:
 
 def _check_output(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
     """Refuse, before any work, an output that would lose something or cannot be written."""
-    present = [name for name in names if (folder / name).exists()]
+    beside = [companion for name in names if (companion := companion_of(folder / name)) is not None]
+    present = [path.name for path in (*(folder / name for name in names), *beside) if path.exists()]
     if present and not overwrite:
         raise OutputError(
             f"{str(folder)!r} already holds {', '.join(present)}. Choose another folder, or pass overwrite=True (--overwrite)."
@@ -376,8 +379,11 @@ def _check_output(folder: Path, names: Sequence[str], *, overwrite: bool) -> Non
 def _write_output(folder: Path, names: Sequence[str], original: Path, model: Path, report: Report) -> None:
     """Write the files beside their places first, then rename them: all of them appear, or none is half-written."""
     with filling(folder) as scratch:
-        (scratch / names[0]).write_bytes(original.read_bytes())
-        (scratch / names[1]).write_bytes(model.read_bytes())
+        for exported in (original, model):
+            for part in parts(exported):  # an .xml has its .bin beside it, a SavedModel is a folder
+                copy = scratch / part.relative_to(exported.parent)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(part, copy)
         (scratch / names[2]).write_text(report.to_json(), encoding="utf-8")
         write_html(report, scratch / names[3])
         write_csv(report, scratch)

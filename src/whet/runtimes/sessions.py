@@ -70,13 +70,18 @@ FOLDERS = {".savedmodel": "saved_model.pb"}  # what is a folder, and the file th
 COMPANIONS = {".xml": "{stem}.bin", ".onnx": "{name}.data"}
 
 
+def companion_of(path: Path) -> Path | None:
+    """Where a file of this suffix keeps its weights beside it, if it does so."""
+    beside = COMPANIONS.get(path.suffix)
+    return None if beside is None else path.with_name(beside.format(stem=path.stem, name=path.name))
+
+
 def parts(path: str | os.PathLike[str]) -> list[Path]:
     """The file and those that belong to it (weights kept beside it), all of which count as its bytes; a folder's files."""
     path = Path(path)
     if path.is_dir():
         return sorted(item for item in path.rglob("*") if item.is_file())
-    beside = COMPANIONS.get(path.suffix)
-    companion = None if beside is None else path.with_name(beside.format(stem=path.stem, name=path.name))
+    companion = companion_of(path)
     return [path, *([companion] if companion is not None and companion.is_file() else [])]
 
 
