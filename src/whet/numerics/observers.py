@@ -44,7 +44,8 @@ class HistogramRange:
 
     counts: (bins,) int64; bin `i` counts the values in `[(start + i) * width, (start + i + 1) * width)`, and `width` is the
     power of two `2 ** exponent`. Edges are multiples of the width, so that a histogram of another width has the same edges
-    or splits them: widening the bins merges neighbours and stays exact, and the order of the batches changes nothing.
+    or splits them: widening the bins merges neighbours and stays exact, and the order of the batches changes nothing (but
+    for negative values so small beside the width that their quotient is no float32: they count to the bin above zero).
     Values that are not finite are in no bin; they make `low` and `high` NaN or infinite.
     """
 
@@ -129,7 +130,7 @@ def observe_histogram(
 
     The bins are as narrow as the range allows: between `bins / 2` and `bins` of them cover it. `count` counts the values of
     one batch into bins, as `count_bins` does; a side whose arrays NumPy cannot read hands in its own. `x` must be float32
-    or wider, or 16 bits wide: float16 and bfloat16 are read as float32.
+    or wider, or 16 bits wide: float16 and bfloat16 are read as float32. `bins` is at least 16.
     """
     seen = observe_minmax(None, x, xp=xp)
     before = state.range() if state is not None else None
@@ -143,7 +144,11 @@ def observe_histogram(
     if state is not None and state.count:
         _merge(state, exponent, start, counts)
     first, last = _bin_of(seen.low, exponent), _bin_of(seen.high, exponent)
-    counts[first - start : last - start + 1] += count(x, math.ldexp(1.0, -exponent), first, last - first + 1)
+    # One bin more on either side takes what a library that flushes subnormals puts there.
+    found = count(x, math.ldexp(1.0, -exponent), first - 1, last - first + 3)
+    found[1] += found[0]
+    found[-2] += found[-1]
+    counts[first - start : last - start + 1] += found[1:-1]
     return HistogramRange(joined.low, joined.high, joined.count, exponent, start, counts)
 
 
