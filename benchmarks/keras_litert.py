@@ -27,7 +27,6 @@ from keras import layers as L
 from safetensors.numpy import load_file
 
 import whet
-from whet.graph.solve import weight_codes
 from whet.keras.quantize import bias_codes, planned
 from whet.keras.views import to_numpy
 from whet.runtimes.content import read_dtypes
@@ -163,7 +162,7 @@ def same_codes(model: Any, plan: Any, path: Path) -> tuple[int, int]:
     program = planned(model, plan)
     wanted = []
     for name, params in plan.weights.items():
-        codes = weight_codes(to_numpy(program.kernels[name].variable), params).astype(np.int8)
+        codes = params.encode(to_numpy(program.kernels[name].variable)).astype(np.int8)
         codes = codes.transpose(3, 0, 1, 2) if codes.ndim == 4 else codes.T
         wanted.append((codes.tobytes(), params.scale.astype(np.float32).tobytes()))
     wanted += [(codes.tobytes(), scale.astype(np.float32).tobytes()) for _, codes, scale in bias_codes(program, plan)]

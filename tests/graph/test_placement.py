@@ -286,4 +286,4 @@ def test_patterns_name_layers_and_what_they_hold(layer, pattern, expected) -> No
 
 
 def test_patterns_that_name_nothing_are_reported() -> None:
-    assert unmatched(["conv1", "block.fc"], ("conv1", "block", "convolution", "*.fc")) == ["convolution"]
+    assert unmatched({"conv1": (), "block.fc": ()}, ("conv1", "block", "convolution", "*.fc")) == ["convolution"]

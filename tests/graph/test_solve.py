@@ -7,8 +7,9 @@ import pytest
 
 from whet.errors import DataError, ModelError
 from whet.graph.nodes import Graph, Node
-from whet.graph.solve import Calibration, solve, solve_weight, weight_codes
+from whet.graph.solve import Calibration, solve
 from whet.graph.views import WeightView
+from whet.graph.weights import solve_weight
 from whet.numerics.affine import SCALE_FLOOR, quantize_bias
 from whet.numerics.observers import Range
 from whet.specs import TARGETS, Float, Int, PerTensor, Quantize
@@ -39,9 +40,7 @@ def test_scales_zero_points_and_codes_of_one_layer() -> None:
     )
     plan = solved.plan
     np.testing.assert_allclose(plan.weights["fc.weight"].scale, [0.01, 0.02], rtol=1e-6)
-    np.testing.assert_array_equal(
-        weight_codes(np.asarray(WEIGHT, np.float32), plan.weights["fc.weight"]), [[127, -50], [0, 127]]
-    )
+    np.testing.assert_array_equal(plan.weights["fc.weight"].encode(np.asarray(WEIGHT, np.float32)), [[127, -50], [0, 127]])
     np.testing.assert_allclose(plan.values["input:0"].scale, 4 / 255, rtol=1e-6)
     assert plan.values["input:0"].zero_point == 64  # round(1 / (4 / 255)) = round(63.75)
     np.testing.assert_allclose(plan.values["fc"].scale, 0.01, rtol=1e-6)
@@ -154,7 +153,7 @@ def test_keras_and_torch_layouts_of_one_weight_have_the_same_scales() -> None:
     torch = solve_weight(view("t", array.transpose(3, 2, 0, 1), out_axis=0), Int(8))
     np.testing.assert_array_equal(keras.scale, torch.scale)
     np.testing.assert_array_equal(
-        weight_codes(array, keras).transpose(3, 2, 0, 1), weight_codes(np.ascontiguousarray(array.transpose(3, 2, 0, 1)), torch)
+        keras.encode(array).transpose(3, 2, 0, 1), torch.encode(np.ascontiguousarray(array.transpose(3, 2, 0, 1)))
     )
 
 

@@ -17,7 +17,6 @@ from keras import layers as L
 import zoo_keras
 from whet.data import Batches
 from whet.errors import ExportError
-from whet.graph.solve import weight_codes
 from whet.keras import export, litert_worker, predict, quantize, simulate
 from whet.keras.quantize import bias_codes, planned
 from whet.keras.views import to_numpy
@@ -122,7 +121,7 @@ def test_our_codes_and_scales_are_in_the_file_bit_for_bit(in_process, tmp_path):
     ends = ["conv1", "conv2", "hidden", "logits"]
     for layer, (kind, _, _, operator) in zip(ends, operators, strict=True):
         params = plan.weights[f"{layer}/kernel"]
-        codes = weight_codes(to_numpy(program.kernels[f"{layer}/kernel"].variable), params)
+        codes = params.encode(to_numpy(program.kernels[f"{layer}/kernel"].variable))
         codes = codes.transpose(3, 0, 1, 2) if kind == "CONV_2D" else codes.T
         tensor = read.graph.tensors[operator.inputs[1]]
         np.testing.assert_array_equal(read.array(operator.inputs[1], np.int8), codes)

@@ -15,7 +15,6 @@ import zoo_keras
 from keras_parts import Block
 from whet.data import Batches
 from whet.errors import ExportError, MissingExtraError, ModelError, RuntimeFileError, TargetError
-from whet.graph.solve import weight_codes
 from whet.keras import export, predict, quantize, simulate
 from whet.keras import onnx_export as onnx_module
 from whet.keras.quantize import bias_codes, planned
@@ -100,7 +99,7 @@ def test_our_codes_and_scales_are_in_the_onnx_file_bit_for_bit(tmp_path):
         array = to_numpy(kernel.variable)
         if kernel.in_axis is None:
             array = array.reshape(*array.shape[:-2], 1, -1)
-        codes = weight_codes(array, params)
+        codes = params.encode(array)
         codes = codes.T if codes.ndim == 2 else codes.transpose(3, 2, 0, 1)
         np.testing.assert_array_equal(stored[name], codes)
         np.testing.assert_array_equal(stored[pairs[name].input[1]], params.scale.reshape(-1))

@@ -114,7 +114,7 @@ def test_conversion_stores_the_codes_of_the_folded_weights(spec):
         layer = converted.get_layer(name.split("/")[0])
         stored = {variable.name: np.asarray(keras.ops.convert_to_numpy(variable)) for variable in layer.weights}
         array = np.asarray(program.kernels[name].variable)
-        scale, zero = params.broadcast(array.ndim)
+        scale, zero = params.broadcast(array.shape)
         assert stored["kernel_codes"].dtype == np.int8 and stored["bias_codes"].dtype == np.int32
         assert np.abs(stored["kernel_codes"]).max() == spec.qmax
         np.testing.assert_array_equal(stored["kernel_codes"], codes_of(array, scale, zero, spec, xp=xp))

@@ -142,8 +142,8 @@ def test_the_whole_float32_range_has_a_finite_scale() -> None:
 @pytest.mark.parametrize(("axis", "shape"), [(0, (3, 1, 1)), (1, (1, 3, 1)), (-1, (1, 1, 3))])
 def test_broadcast_puts_the_channels_on_their_axis(axis, shape) -> None:
     params = QParams(np.ones(3, np.float32), np.zeros(3, np.int32), Int(8), axis)
-    assert tuple(array.shape for array in params.broadcast(3)) == (shape, shape)
-    assert QParams(f32(1), np.asarray(0, np.int32), Int(8)).broadcast(3)[0].shape == ()
+    assert tuple(array.shape for array in params.broadcast((3, 3, 3))) == (shape, shape)
+    assert QParams(f32(1), np.asarray(0, np.int32), Int(8)).broadcast((3, 3, 3))[0].shape == ()
 
 
 def test_bias_codes_are_exact_at_the_product_of_the_scales() -> None:

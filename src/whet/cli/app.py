@@ -111,7 +111,7 @@ def compress(
         from whet.pipeline.compress import compress as run
         from whet.specs import Budget
 
-        limits = {name: _amount(value) for name, value in (("size", size), ("gzip", gzip), ("latency", latency))}
+        limits: Any = {name: _amount(value) for name, value in (("size", size), ("gzip", gzip), ("latency", latency))}
         budget = Budget(max_drop, confidence=confidence, **limits)
         chosen = _overrides(metric, recipe)
         with _job_inputs(model, {"train": train, "val": val, "test": test}) as inputs:

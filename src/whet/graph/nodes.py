@@ -16,7 +16,8 @@ class Node:
 
     name: unique; for torch `module.path/function:index`, for Keras `layer/call:index`. The node's output value has the
     same name (`name#k` for the k-th of several). inputs: the floating-point activation values it reads, in order.
-    weight, bias: names of the parameters it reads, None without. layer: the layer that users name in keep and include.
+    weight, bias: names of the parameters it reads, None without. layer: the layer that users name in keep and include;
+    kinds: `module:name` of its class and of the classes that this derives from.
     """
 
     name: str
@@ -26,11 +27,22 @@ class Node:
     weight: str | None = None
     bias: str | None = None
     outputs: int = 1
+    kinds: tuple[str, ...] = ()
 
     @property
     def values(self) -> tuple[str, ...]:
         """The names of the values it produces."""
         return (self.name,) if self.outputs == 1 else tuple(f"{self.name}#{i}" for i in range(self.outputs))
+
+
+def kinds_of(layer: object) -> tuple[str, ...]:
+    """`module:name` of the class of `layer` and of its base classes, as users may name them in keep and include."""
+    return tuple(kind_name(cls) for cls in type(layer).__mro__[:-1])
+
+
+def kind_name(cls: type) -> str:
+    """`module:name` of a class."""
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 @dataclass(frozen=True, slots=True)

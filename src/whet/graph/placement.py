@@ -5,13 +5,18 @@ A quantizer sits where a value is produced, so that every reader sees the same c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from whet.graph.nodes import Graph, Node
+import numpy as np
+import numpy.typing as npt
+
+from whet.graph.nodes import Graph, Node, kind_name
 from whet.numerics.affine import QParams
+from whet.numerics.codebook import Codebook
 from whet.specs.quantization import Quantize
+from whet.specs.schemes import Dynamic
 from whet.specs.target import Target
 
 SEVERAL = frozenset({"add", "mul", "concat"})  # with one activation among their operands, the others are constants
@@ -38,37 +43,58 @@ class Plan:
 
     biases: bias name -> (value name of the node's input, weight name): stored as int32 at the product of their scales.
     folds: (batch-norm layer, convolution layer) pairs folded before the weights were solved. casts: weight name -> the
-    16-bit float dtype it is stored in.
+    16-bit float dtype it is stored in. dynamic: value name -> how it is quantized at run time. tensors: parameter name ->
+    float32 values that take the place of the (folded) model's own: equalized weights, corrected biases. codes: weight name
+    -> its codes, where they are not the nearest.
     """
 
     spec: Quantize
     target: str
-    weights: dict[str, QParams]
+    weights: dict[str, QParams | Codebook]
     values: dict[str, QParams]
     biases: dict[str, tuple[str, str]]
     folds: tuple[tuple[str, str], ...] = ()
     casts: dict[str, str] = field(default_factory=dict)
+    dynamic: dict[str, Dynamic] = field(default_factory=dict)
+    tensors: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    codes: dict[str, npt.NDArray[np.int32]] = field(default_factory=dict)
+
+    def encode(self, name: str, array: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
+        """The codes of the weight `name`, whose float values are `array`."""
+        return self.codes[name] if name in self.codes else self.weights[name].encode(array)
+
+    def rounded(self, name: str, array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """What is left of the weight `name` when it is stored."""
+        return self.weights[name].decode(self.encode(name, array))
 
 
-def selected(layer: str, keep: tuple[str, ...], include: tuple[str, ...] | None, *more: str) -> str | None:
-    """None if `layer` is chosen, else the reason why not; `more` are further names that it has.
+Pattern = str | type
 
-    Patterns are `fnmatch` patterns; a name also covers its children.
+
+def selected(
+    layer: str, keep: Sequence[Pattern], include: Sequence[Pattern] | None, *more: str, kinds: Sequence[str] = ()
+) -> str | None:
+    """None if `layer` is chosen, else the reason why not; `more` are further names that it has, `kinds` its classes.
+
+    Patterns are `fnmatch` patterns, where a name also covers its children, or classes of layers.
     """
     names = (layer, *more)
-    if include is not None and not any(matches(name, pattern) for name in names for pattern in include):
+    if include is not None and not any(matches(name, pattern, kinds) for name in names for pattern in include):
         return "not in include"
-    return "in keep" if any(matches(name, pattern) for name in names for pattern in keep) else None
+    return "in keep" if any(matches(name, pattern, kinds) for name in names for pattern in keep) else None
 
 
-def matches(layer: str, pattern: str) -> bool:
-    """Whether `pattern` names `layer` or one of the modules around it."""
+def matches(layer: str, pattern: Pattern, kinds: Sequence[str] = ()) -> bool:
+    """Whether `pattern` names `layer`, one of the modules around it, or one of its classes."""
+    if isinstance(pattern, type):
+        return kind_name(pattern) in kinds
     return fnmatchcase(layer, pattern) or layer.startswith((pattern + ".", pattern + "/"))
 
 
-def unmatched(layers: list[str], patterns: tuple[str, ...]) -> list[str]:
-    """The patterns that match none of `layers`."""
-    return [pattern for pattern in patterns if not any(matches(layer, pattern) for layer in layers)]
+def unmatched(layers: Mapping[str, Sequence[str]], patterns: Sequence[Pattern]) -> list[str]:
+    """The patterns that match none of `layers` (name -> classes), as text."""
+    missed = [p for p in patterns if not any(matches(layer, p, kinds) for layer, kinds in layers.items())]
+    return [pattern if isinstance(pattern, str) else pattern.__qualname__ for pattern in missed]
 
 
 def place(graph: Graph, target: Target, spec: Quantize) -> Placement:
@@ -162,7 +188,7 @@ def _choose(
     weights: dict[str, Node] = {}
     chosen: set[str] = set()
     for node in graph.nodes:
-        reason = selected(node.layer, spec.keep, spec.include)
+        reason = selected(node.layer, spec.keep, spec.include, kinds=node.kinds)
         reason = refused.get(node.name) if reason is None else reason
         if node.op in target.compute:
             if reason is None and node.weight is None:

@@ -12,16 +12,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from whet.errors import DataError, ModelError
-from whet.graph.nodes import Graph
+from whet.errors import DataError, ModelError, SpecError
+from whet.graph.nodes import Graph, Node
 from whet.graph.placement import Placement, Plan, matches, place, unmatched
 from whet.graph.views import WeightView
-from whet.numerics.affine import QParams, dequantize, fit_scale_to_bias, qparams, quantize
+from whet.graph.weights import solve_weight, uniform
+from whet.numerics.affine import QParams, fit_scale_to_bias, qparams
+from whet.numerics.codebook import Codebook
 from whet.numerics.histograms import histogram
 from whet.numerics.namespace import numpy_namespace as xp
-from whet.numerics.observers import Range, channel_range
+from whet.numerics.observers import Range
 from whet.numerics.statistics import sqnr_db
-from whet.specs.quantization import Float, Int, PerChannel, PerTensor, Quantize
+from whet.specs.quantization import Adaptive, Quantize
+from whet.specs.schemes import Float, Int, PerTensor, Scheme
 from whet.specs.target import Target
 
 FIXED = Int(8, symmetric=False, granularity=PerTensor())  # what a target's fixed scales and zero points are given for
@@ -76,20 +79,22 @@ def solve(
     partners = _partners(calibration.graph)
     for name, node in placement.weights.items():
         view = weights[name]
-        if isinstance(spec.weights, Float):
-            changed.append({"name": name, "parameters": view.array.size, "scheme": spec.weights.dtype, "bits": 16})
-            plan.casts[name] = spec.weights.dtype
+        scheme = weight_scheme(spec, node, target)
+        if isinstance(scheme, Float) and scheme.bits == 16:
+            changed.append({"name": name, "parameters": view.array.size, "scheme": scheme.dtype, "bits": 16})
+            plan.casts[name] = scheme.dtype
             continue
-        params = solve_weight(view, _weight_spec(spec.weights, spec, node.layer, target))
+        params = solve_weight(view, scheme)
         bias = biases.get(node.bias) if node.bias is not None else None
         source = values.get(node.inputs[0]) if node.inputs else None
-        if bias is not None and source is not None and node.bias is not None and len(partners[node.bias]) == 1:
+        alone = node.bias is not None and len(partners[node.bias]) == 1
+        if isinstance(params, QParams) and bias is not None and source is not None and node.bias is not None and alone:
             params = _make_room(view, params, float(source.scale), bias)
             plan.biases[node.bias] = (node.inputs[0], name)
         plan.weights[name] = params
-        row = {"name": name, "parameters": view.array.size, "scheme": _scheme(params), "bits": params.spec.bits}
+        row = {"name": name, "parameters": view.array.size, "scheme": described(params), "bits": params.bits}
         changed.append(row | stored_weight(view, params))
-    layers = sorted({node.layer for node in calibration.graph.nodes})
+    layers = {node.layer: node.kinds for node in calibration.graph.nodes}
     patterns = (*spec.keep, *(spec.include or ()), *spec.overrides)
     skipped = tuple({"name": layer, "reason": reason} for layer, reason in placement.skipped)
     return Solved(plan, placement, tuple(changed), skipped, tuple(unmatched(layers, patterns)))
@@ -104,18 +109,15 @@ def _partners(graph: Graph) -> dict[str, set[str | None]]:
     return partners
 
 
-def _weight_spec(default: Int, spec: Quantize, layer: str, target: Target) -> Int:
-    """The first override that names `layer`, or the spec of all weights; 7 bits of 8 on a portable target."""
-    chosen = next((override for pattern, override in spec.overrides.items() if matches(layer, pattern)), default)
-    return replace(chosen, bits=PORTABLE_BITS) if target.portable and chosen.bits == 8 else chosen
-
-
-def solve_weight(view: WeightView, spec: Int) -> QParams:
-    """Min-max scales of one weight."""
-    axis = view.out_axis if isinstance(spec.granularity, PerChannel) else None
-    low, high = channel_range(np.asarray(view.array, np.float32), axis, xp=xp)
-    scale, zero_point = qparams(np.asarray(low, np.float32), np.asarray(high, np.float32), spec, xp=xp)
-    return QParams(np.asarray(scale, np.float32), np.asarray(zero_point, np.int32), spec, axis)
+def weight_scheme(spec: Quantize, node: Node, target: Target) -> Scheme:
+    """The first override that names the node's layer, or the scheme of all weights; 7 bits of 8 on a portable target."""
+    named = (override for pattern, override in spec.overrides.items() if matches(node.layer, pattern, node.kinds))
+    chosen = next(named, spec.weights)
+    if isinstance(chosen, Adaptive):
+        raise SpecError("Adaptive is resolved into overrides before weights are solved.")
+    if target.portable and isinstance(chosen, Int) and chosen.bits == 8:
+        return replace(chosen, bits=PORTABLE_BITS)
+    return chosen
 
 
 def _make_room(view: WeightView, params: QParams, input_scale: float, bias: npt.NDArray[np.float32]) -> QParams:
@@ -125,32 +127,24 @@ def _make_room(view: WeightView, params: QParams, input_scale: float, bias: npt.
     serves all, so that the integer bias has one in every runtime's layout.
     """
     if params.axis is not None and params.scale.shape != bias.shape:
-        params = solve_weight(view, replace(params.spec, granularity=PerTensor()))
+        params = uniform(view, replace(params.spec, granularity=PerTensor()))
     wider = fit_scale_to_bias(np.broadcast_to(params.scale, bias.shape), input_scale, bias)
     scale = wider if params.axis is not None else wider.max()
     return QParams(np.asarray(scale, np.float32), params.zero_point, params.spec, params.axis)
 
 
-def weight_codes(array: npt.NDArray[np.float32], params: QParams) -> npt.NDArray[np.int32]:
-    """The integer codes of a weight."""
-    scale, zero_point = params.broadcast(array.ndim)
-    codes: npt.NDArray[np.int32] = quantize(array, scale, zero_point, params.spec, xp=xp).astype(np.int32)
-    return codes
-
-
-def stored_weight(view: WeightView, params: QParams) -> dict[str, Any]:
+def stored_weight(view: WeightView, params: QParams | Codebook) -> dict[str, Any]:
     """What rounding did to one weight: `error_db`, its signal-to-quantization-noise in dB (None when it is exact), and the
     `histogram` of its values before and after."""
     array = np.asarray(view.array, np.float32)
-    scale, zero_point = params.broadcast(array.ndim)
-    stored = dequantize(weight_codes(array, params), scale, zero_point)
+    stored = params.decode(params.encode(array))
     drawn = histogram(array)
     return {"error_db": sqnr_db(array, stored)} | ({} if drawn is None else {"histogram": drawn.beside(stored)})
 
 
 def _solve_values(calibration: Calibration, placement: Placement, spec: Quantize) -> dict[str, QParams]:
     """One quantizer per group, over the union of its values' ranges."""
-    if spec.activations is None:
+    if not isinstance(spec.activations, Int):
         return {}
     # A narrow range is for weights: the runtimes' activation codes saturate at the ends of their storage type.
     activations = replace(spec.activations, narrow=False) if spec.activations.symmetric else spec.activations
@@ -177,5 +171,8 @@ def _solve_values(calibration: Calibration, placement: Placement, spec: Quantize
     return {value: groups[group] for value, group in placement.values.items()}
 
 
-def _scheme(params: QParams) -> str:
-    return f"int{params.spec.bits} {'per tensor' if params.axis is None else 'per channel'}"
+def described(params: QParams | Codebook) -> str:
+    """The scheme of a weight as people read it."""
+    kind = f"int{params.bits}" if isinstance(params.spec, Int) else f"{type(params.spec).__name__} {params.bits} bit"
+    fine = f"groups of {params.group[1]}" if params.group else "per tensor" if params.axis is None else "per channel"
+    return f"{kind} {fine}"

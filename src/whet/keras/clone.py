@@ -15,7 +15,7 @@ from typing import Any
 import keras
 
 from whet.errors import ModelError
-from whet.graph.nodes import Graph, Node
+from whet.graph.nodes import Graph, Node, kinds_of
 from whet.keras.model import copy, short
 from whet.keras.views import Kernel, kernels, unique, walk
 
@@ -185,7 +185,7 @@ def _append(node: Any, operation: Layer, args: Any, kwargs: Any, path: str, lowe
     """Add one call, lowered; the refs of its outputs."""
     kind = type(operation).__name__
     shapes = [(tuple(t.shape), str(t.dtype)) for t in node.outputs]
-    made = Node(free(program, path, kind), kind, names((args, kwargs)), path, outputs=len(shapes))
+    made = Node(free(program, path, kind), kind, names((args, kwargs)), path, outputs=len(shapes), kinds=kinds_of(operation))
     outputs = [Ref(value, *shape) for value, shape in zip(made.values, shapes, strict=True)]
     structure = outputs[0] if len(outputs) == 1 else outputs
     lowered = lower(Call(made, operation, args, dict(kwargs), structure), path, program)

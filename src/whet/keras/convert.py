@@ -13,10 +13,10 @@ import numpy.typing as npt
 from keras import ops
 
 from whet.graph.placement import Plan
-from whet.graph.solve import weight_codes
 from whet.keras.clone import Layer, Model, Program, Tensor, assemble
 from whet.keras.quantize import bias_codes, inserter, planned, quantized_view
-from whet.numerics.affine import QParams
+from whet.numerics.affine import QParams, spread
+from whet.numerics.codebook import Codebook
 
 
 def convert(model: Model, plan: Plan) -> Model:
@@ -30,7 +30,7 @@ def convert(model: Model, plan: Plan) -> Model:
     """
     program = planned(model, plan)
     layers = {name: _holder(program, name) for name in (*plan.weights, *plan.casts, *plan.biases)}
-    codes = {name: kernel_codes(program, name, params) for name, params in plan.weights.items()}
+    codes = {name: kernel_codes(program, name, plan) for name in plan.weights}
     biases = bias_codes(program, plan)
     for name, params in plan.weights.items():
         shape = program.kernels[name].variable.shape
@@ -43,20 +43,19 @@ def convert(model: Model, plan: Plan) -> Model:
     return assemble(program, insert=inserter(program, plan))
 
 
-def kernel_codes(program: Program, name: str, params: QParams) -> npt.NDArray[Any]:
+def kernel_codes(program: Program, name: str, plan: Plan) -> npt.NDArray[Any]:
     """The codes of a weight in the layout in which it is quantized: int8 up to eight bits, else int16."""
     array = np.asarray(quantized_view(program.kernels[name]).array, np.float32)
-    return weight_codes(array, params).astype(np.int8 if params.spec.bits <= 8 else np.int16)
+    return plan.encode(name, array).astype(np.int8 if plan.weights[name].bits <= 8 else np.int16)
 
 
-def _layout(params: QParams, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+def _layout(params: QParams | Codebook, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     """The scale in a shape that broadcasts against the kernel."""
     if params.axis is None:
         return params.scale
     if params.scale.size != shape[params.axis]:  # depthwise, a channel for each (in, multiplier)
         return params.scale.reshape(shape[-2:])
-    scale, _ = params.broadcast(len(shape))
-    return scale
+    return np.asarray(spread(params.scale, shape, params.axis, params.group))
 
 
 def _holder(program: Program, name: str) -> Layer:

@@ -304,7 +304,7 @@ def _stored(
     params = plan.weights[name]
     scale = params.scale if params.axis is None else params.scale.reshape(-1)
     axis = 3 if operator == "DEPTHWISE_CONV_2D" else 0
-    return Stored(name, _arranged(kernel_codes(program, name, params), order), scale, axis)
+    return Stored(name, _arranged(kernel_codes(program, name, plan), order), scale, axis)
 
 
 def _alike(left: Stored | None, right: Stored | None) -> bool:

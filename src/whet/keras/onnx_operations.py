@@ -39,7 +39,7 @@ class Weights:
         array = arranged(np.asarray(quantized_view(kernel).array, np.float32))
         if self.plan is not None and name in self.plan.weights:
             params = self.plan.weights[name]
-            codes = self.writer.constant(arranged(kernel_codes(self.program, name, params)), name)
+            codes = self.writer.constant(arranged(kernel_codes(self.program, name, self.plan)), name)
             return self._dequantized(codes, params.scale, name, axis)
         half = self.plan.casts.get(name) if self.plan is not None else None
         if half is None and str(kernel.variable.dtype) in ("float16", "bfloat16"):

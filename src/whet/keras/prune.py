@@ -89,7 +89,7 @@ class Masker:
         self._chosen = tuple(chosen)
         self.skipped = tuple({"name": name, "reason": reason} for name, reason in skipped)
         names = [path for path, _ in walk(model)] + list(self._kernels)
-        self.unmatched = tuple(unmatched(names, (*spec.keep, *(spec.include or ()))))
+        self.unmatched = tuple(unmatched(dict.fromkeys(names, ()), (*spec.keep, *(spec.include or ()))))
         if not self._chosen:
             self._nothing("")
         sizes = [int(np.prod(kernel.variable.shape)) for kernel in self._chosen]

@@ -15,14 +15,15 @@ from whet.data import Batches, rows
 from whet.errors import DataError, ModelError
 from whet.graph.nodes import Graph
 from whet.graph.placement import Placement, Plan
-from whet.graph.solve import Calibration, solve, weight_codes
+from whet.graph.solve import Calibration, solve
 from whet.graph.views import WeightView
+from whet.keras.arithmetic import Arithmetic
 from whet.keras.clone import Model, Program, Ref, Tensor, assemble, safe
 from whet.keras.model import predict
 from whet.keras.namespace import xp
 from whet.keras.trace import lowered
 from whet.keras.views import Kernel, to_numpy
-from whet.numerics.affine import QParams, dequantize, fake_quantize, quantize_bias
+from whet.numerics.affine import QParams, fake_quantize, quantize_bias
 from whet.numerics.observers import Range
 from whet.progress import task
 from whet.records import Step
@@ -183,12 +184,16 @@ def planned(model: Model, plan: Plan, example: Any = None) -> Program:
     values = {ref.name for ref in program.values()}
     missing = [name for name in (*plan.weights, *plan.casts) if name not in program.kernels]
     missing += [name for name in plan.biases if name not in program.biases]
+    missing += [name for name in plan.tensors if name not in program.kernels and name not in program.biases]
     missing += [name for name in plan.values if name not in values]
     if missing:
         raise ModelError(
             f"This plan was made for another model: it quantizes {missing[0]!r}, which {model.name!r} does not have. "
             "Quantize this model itself."
         )
+    for name, array in plan.tensors.items():
+        variable = program.kernels[name].variable if name in program.kernels else program.biases[name]
+        variable.assign(array.reshape(variable.shape))
     return program
 
 
@@ -204,12 +209,10 @@ def _symbolic_example(model: Model) -> Any:
 def rounded_weights(program: Program, plan: Plan) -> dict[str, npt.NDArray[np.float32]]:
     """The planned weights as the file will hold them, in float."""
     found = {}
-    for name, params in plan.weights.items():
+    for name in plan.weights:
         kernel = program.kernels[name]
         array = np.asarray(quantized_view(kernel).array, np.float32)
-        scale, zero_point = params.broadcast(array.ndim)
-        values = np.asarray(dequantize(weight_codes(array, params).astype(np.float32), scale, zero_point), np.float32)
-        found[name] = values.reshape(kernel.variable.shape)
+        found[name] = plan.rounded(name, array).reshape(kernel.variable.shape)
     for name, dtype in plan.casts.items():
         array = to_numpy(program.kernels[name].variable)
         found[name] = to_numpy(ops.cast(ops.cast(ops.convert_to_tensor(array), dtype), "float32"))
@@ -246,14 +249,18 @@ def inserter(program: Program, plan: Plan) -> Any:
         if call.node.op == "avg_pool" and _alike(plan.values.get(call.node.inputs[0]), plan.values.get(call.node.name))
     }
 
+    kernels = Arithmetic(program, plan)
+
     def insert(ref: Ref, tensor: Tensor) -> Tensor:
         params = plan.values.get(ref.name)
         if params is None or same.get(ref.name, False):
-            return tensor
+            return kernels.seen(ref, tensor)
+        tensor = kernels.computed(ref, tensor)
         spec = params.spec
         name = f"quantize_{safe(ref.name)}"
         scale, zero_point = float(params.scale), int(params.zero_point)
         away = ref.name in averages
-        return FakeQuantize(scale, zero_point, spec.bits, spec.symmetric, spec.narrow, away, name=name)(tensor)
+        quantizer = FakeQuantize(scale, zero_point, spec.bits, spec.symmetric, spec.narrow, away, name=name)
+        return kernels.seen(ref, quantizer(tensor))
 
     return insert

@@ -6,13 +6,14 @@ all-zero range gives exact zeros and the product of two scales is still a normal
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from whet.numerics.namespace import Array, Namespace
-from whet.specs.quantization import Int
+from whet.numerics.namespace import Array, Namespace, numpy_namespace
+from whet.specs.schemes import Int
 
 SCALE_FLOOR = 2.0**-60
 INT32_MAX = 2**31 - 1
@@ -22,22 +23,48 @@ INT32_MAX = 2**31 - 1
 class QParams:
     """A solved quantizer, as plain arrays.
 
-    scale: float32, of shape () per tensor or (channels,) per channel. zero_point: int32, the same shape, in the code
-    range of `spec` (0 when symmetric). axis: the channel axis in the framework's own layout, None per tensor.
+    scale: float32, of shape () per tensor or (channels,) per channel; per group it has the tensor's dimensions, with the
+    number of groups on the group axis and 1 on axes without scales of their own. zero_point: int32, the same shape, in the
+    code range of `spec` (0 when symmetric). axis: the channel axis in the framework's own layout, None per tensor. group:
+    (axis, size) per group.
     """
 
     scale: npt.NDArray[np.float32]
     zero_point: npt.NDArray[np.int32]
     spec: Int
     axis: int | None = None
+    group: tuple[int, int] | None = None
 
-    def broadcast(self, ndim: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-        """Scale and zero point in a shape that broadcasts against a tensor of `ndim` dimensions."""
-        if self.axis is None:
-            return self.scale, self.zero_point
-        shape = [1] * ndim
-        shape[self.axis] = -1
-        return self.scale.reshape(shape), self.zero_point.reshape(shape)
+    def broadcast(self, shape: Sequence[int]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
+        """Scale and zero point in a shape that broadcasts against a tensor of `shape`."""
+        return spread(self.scale, shape, self.axis, self.group), spread(self.zero_point, shape, self.axis, self.group)
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code."""
+        return self.spec.bits
+
+    def encode(self, array: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
+        """The nearest codes of a tensor."""
+        scale, zero_point = self.broadcast(array.shape)
+        codes: npt.NDArray[np.int32] = quantize(array, scale, zero_point, self.spec, xp=numpy_namespace).astype(np.int32)
+        return codes
+
+    def decode(self, codes: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """What `codes` stand for."""
+        scale, zero_point = self.broadcast(codes.shape)
+        values: npt.NDArray[np.float32] = dequantize(codes.astype(np.float32), scale, zero_point)
+        return values
+
+
+def spread(array: Array, shape: Sequence[int], axis: int | None, group: tuple[int, int] | None) -> Array:
+    """Scales (or zero points) of a quantizer in a shape that broadcasts against a tensor of `shape`; see `QParams`."""
+    if group is not None:
+        along, size = group
+        return np.take(np.repeat(array, size, axis=along), np.arange(shape[along]), axis=along)
+    if axis is None:
+        return array
+    return array.reshape([-1 if index == axis % len(shape) else 1 for index in range(len(shape))])
 
 
 def qparams(low: Array, high: Array, spec: Int, *, xp: Namespace) -> tuple[Array, Array]:

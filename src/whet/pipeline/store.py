@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from whet.files import replacing
 from whet.graph.placement import Plan
 from whet.graph.views import Masks
 from whet.numerics.affine import QParams
+from whet.numerics.codebook import Codebook
 from whet.pipeline.compressed import Compressed
 from whet.pipeline.side import side_named
 from whet.records import Step
 from whet.specs import Int, from_dict, to_dict
+from whet.specs.schemes import SCHEMES
 
 FORMAT = 1
 INDEX, ARRAYS = "whet.json", "whet.safetensors"
@@ -105,12 +108,16 @@ def _plan_to_dict(plan: Plan | None, arrays: dict[str, Any]) -> dict[str, Any] |
     if plan is None:
         return None
 
-    def rows(kind: str, quantizers: dict[str, QParams]) -> dict[str, Any]:
+    def rows(kind: str, quantizers: Mapping[str, QParams | Codebook]) -> dict[str, Any]:
         plain = {}
         for name, params in quantizers.items():
-            arrays[f"{kind}/{name}/scale"], arrays[f"{kind}/{name}/zero_point"] = params.scale, params.zero_point
-            plain[name] = {"spec": to_dict(params.spec), "axis": params.axis}
+            second = "zero_point" if isinstance(params, QParams) else "levels"
+            arrays[f"{kind}/{name}/scale"], arrays[f"{kind}/{name}/{second}"] = params.scale, getattr(params, second)
+            plain[name] = {"spec": to_dict(params.spec), "axis": params.axis, "group": params.group}
         return plain
+
+    for kind in ("tensors", "codes"):
+        arrays |= {f"{kind}/{name}": array for name, array in getattr(plan, kind).items()}
 
     return {
         "spec": to_dict(plan.spec),
@@ -120,6 +127,9 @@ def _plan_to_dict(plan: Plan | None, arrays: dict[str, Any]) -> dict[str, Any] |
         "biases": {name: list(pair) for name, pair in plan.biases.items()},
         "folds": [list(pair) for pair in plan.folds],
         "casts": dict(plan.casts),
+        "dynamic": {name: to_dict(spec) for name, spec in plan.dynamic.items()},
+        "tensors": list(plan.tensors),
+        "codes": list(plan.codes),
     }
 
 
@@ -127,20 +137,34 @@ def _plan_from_dict(plain: dict[str, Any] | None, arrays: dict[str, Any]) -> Pla
     if plain is None:
         return None
 
-    def quantizers(kind: str) -> dict[str, QParams]:
-        found = {}
-        for name, row in plain[kind].items():
-            spec = from_dict(row["spec"])
-            if not isinstance(spec, Int):
-                raise RuntimeFileError(f"The saved quantizer of {name!r} must be an Int, got {spec!r}.")
-            scale, zero = arrays[f"{kind}/{name}/scale"], arrays[f"{kind}/{name}/zero_point"]
-            found[name] = QParams(scale, zero, spec, row["axis"])
-        return found
+    def quantizer(kind: str, name: str, row: dict[str, Any]) -> QParams | Codebook:
+        spec, scale = from_dict(row["spec"]), arrays[f"{kind}/{name}/scale"]
+        axis, group = row["axis"], row.get("group")
+        group = None if group is None else (group[0], group[1])
+        if isinstance(spec, Int):
+            return QParams(scale, arrays[f"{kind}/{name}/zero_point"], spec, axis, group)
+        if isinstance(spec, SCHEMES) and kind == "weights":
+            return Codebook(arrays[f"{kind}/{name}/levels"], scale, spec, axis, group)
+        raise RuntimeFileError(f"The saved quantizer of {name!r} has an unknown scheme: {spec!r}.")
 
     biases = {name: (pair[0], pair[1]) for name, pair in plain["biases"].items()}
     folds = tuple((pair[0], pair[1]) for pair in plain["folds"])
-    weights, values, casts = quantizers("weights"), quantizers("values"), dict(plain.get("casts", {}))
-    return Plan(from_dict(plain["spec"]), plain["target"], weights, values, biases, folds, casts)
+    weights = {name: quantizer("weights", name, row) for name, row in plain["weights"].items()}
+    values = {
+        name: params for name, row in plain["values"].items() if isinstance(params := quantizer("values", name, row), QParams)
+    }
+    return Plan(
+        from_dict(plain["spec"]),
+        plain["target"],
+        weights,
+        values,
+        biases,
+        folds,
+        dict(plain.get("casts", {})),
+        {name: from_dict(spec) for name, spec in plain.get("dynamic", {}).items()},
+        {name: arrays[f"tensors/{name}"] for name in plain.get("tensors", ())},
+        {name: arrays[f"codes/{name}"] for name in plain.get("codes", ())},
+    )
 
 
 def _masks_to_dict(masks: Masks, arrays: dict[str, Any]) -> dict[str, list[int]]:

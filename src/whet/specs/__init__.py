@@ -1,32 +1,85 @@
 """Specs: WHAT to do, as frozen dataclasses without arrays or framework types."""
 
 from whet.specs.base import from_dict, to_dict
+from whet.specs.budget import Budget
 from whet.specs.distillation import Distill, SoftTargets
 from whet.specs.pruning import Cubic, Global, Magnitude, OneShot, Prune, Uniform, Weight
-from whet.specs.quantization import Float, Granularity, Int, MinMax, PerChannel, PerTensor, Quantize
-from whet.specs.recipe import Budget, Metric, Recipe
+from whet.specs.quantization import (
+    AWQ,
+    GPTQ,
+    HQQ,
+    MSE,
+    QAT,
+    Adaptive,
+    AdaRound,
+    BiasCorrection,
+    CrossLayer,
+    Entropy,
+    MinMax,
+    MovingAverage,
+    Nearest,
+    Percentile,
+    Quantize,
+    SmoothQuant,
+)
+from whet.specs.recipe import Metric, Recipe
+from whet.specs.schemes import (
+    NF4,
+    Dynamic,
+    Float,
+    Granularity,
+    Int,
+    KMeans,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    Piecewise,
+    PowerOfTwo,
+    Scheme,
+)
 from whet.specs.target import TARGETS, Target, find_target
 from whet.specs.training import EarlyStopping, Train
 
 __all__ = [
+    "AWQ",
+    "GPTQ",
+    "HQQ",
+    "MSE",
+    "NF4",
+    "QAT",
     "TARGETS",
+    "AdaRound",
+    "Adaptive",
+    "BiasCorrection",
     "Budget",
+    "CrossLayer",
     "Cubic",
     "Distill",
+    "Dynamic",
     "EarlyStopping",
+    "Entropy",
     "Float",
     "Global",
     "Granularity",
     "Int",
+    "KMeans",
     "Magnitude",
     "Metric",
     "MinMax",
+    "MovingAverage",
+    "Nearest",
     "OneShot",
     "PerChannel",
+    "PerGroup",
     "PerTensor",
+    "Percentile",
+    "Piecewise",
+    "PowerOfTwo",
     "Prune",
     "Quantize",
     "Recipe",
+    "Scheme",
+    "SmoothQuant",
     "SoftTargets",
     "Target",
     "Train",

@@ -174,10 +174,10 @@ def check_type(owner: str, value: Any, *allowed: type | None) -> None:
         raise SpecError(f"{owner} must be one of: {names}; got {value!r}.")
 
 
-def name_patterns(owner: str, value: Any) -> tuple[str, ...]:
-    """`value` as a tuple of layer-name patterns; a single string is a tuple of one."""
-    if isinstance(value, str):
+def name_patterns(owner: str, value: Any) -> tuple[str | type, ...]:
+    """`value` as a tuple of layer-name patterns and layer classes; a single one is a tuple of one."""
+    if isinstance(value, str | type):
         return (value,)
-    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+    if isinstance(value, list | tuple) and all(isinstance(item, str | type) for item in value):
         return tuple(value)
-    raise SpecError(f"{owner} must be a tuple of layer names or patterns, got {value!r}.")
+    raise SpecError(f"{owner} must be a tuple of layer names, patterns or layer classes, got {value!r}.")

@@ -13,7 +13,6 @@ import torch
 
 from whet.errors import ExportError
 from whet.graph.placement import Plan
-from whet.graph.solve import weight_codes
 from whet.numerics.affine import QParams
 from whet.specs import TARGETS
 from whet.torch import decomposed
@@ -21,7 +20,7 @@ from whet.torch.fold import fold_
 from whet.torch.interception import Call, Session
 from whet.torch.model import copy
 from whet.torch.operations import clamp_bounds
-from whet.torch.quantize import ValueQuantizer, bias_codes, exact_array, float_weights, plan_tensors, simulated
+from whet.torch.quantize import ValueQuantizer, bias_codes, exact_array, float_weights, plan_tensors, replace_, simulated
 
 Tensor = Any
 _SCALE = "_scale"  # the buffer `weight_scale` beside the codes in `weight`
@@ -51,9 +50,10 @@ def convert(model: Any, plan: Plan) -> Any:
     exact = float_weights(work, plan)
     fold_(work, dict(plan.folds), exact)
     tensors = plan_tensors(work, plan)
+    replace_(tensors, plan)
     stored: dict[str, Stored] = {}
     for name, params in plan.weights.items():
-        codes = weight_codes(exact_array(exact, tensors, name), params).astype(np.int8)
+        codes = plan.encode(name, exact_array(exact, tensors, name)).astype(np.int8)
         stored[name] = _store(work, tensors[name], name, codes, params.scale, params.axis)
     for name in plan.biases:
         int32, scale = bias_codes(exact_array(exact, tensors, name), plan, name)

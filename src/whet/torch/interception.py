@@ -92,6 +92,11 @@ class Session(TorchFunctionMode):  # type: ignore[misc]  # torch is Any to the t
         """The path of the innermost module under way."""
         return self.stack[-1].path if self.stack else ""
 
+    @property
+    def module(self) -> Any:
+        """The innermost module under way."""
+        return self.stack[-1].module if self.stack else self.interceptor.model
+
     def site(self, function: str) -> str:
         """The name of the next call of `function`."""
         frame = self.stack[-1]

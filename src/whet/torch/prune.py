@@ -87,7 +87,7 @@ class Masker:
         self._views = tuple(chosen)
         self.skipped = tuple({"name": name, "reason": reason} for name, reason in skipped)
         names = [name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False)) if name]
-        self.unmatched = tuple(unmatched(names, (*spec.keep, *(spec.include or ()))))
+        self.unmatched = tuple(unmatched(dict.fromkeys(names, ()), (*spec.keep, *(spec.include or ()))))
         if not self._views:
             self._nothing("")
         sizes = [view.array.numel() for view in self._views]

@@ -14,8 +14,8 @@ import torch
 from whet.data import Batches
 from whet.errors import ModelError
 from whet.graph.placement import Plan
-from whet.graph.solve import solve, weight_codes
-from whet.numerics.affine import QParams, dequantize, fake_quantize, quantize_bias
+from whet.graph.solve import solve
+from whet.numerics.affine import QParams, fake_quantize, quantize_bias
 from whet.records import Step
 from whet.specs import Int, Quantize, Target, to_dict
 from whet.torch.fold import fold_, folded_weights
@@ -63,10 +63,9 @@ def simulate(model: Any, plan: Plan) -> Any:
     fold_(work, dict(plan.folds), exact)
     tensors = plan_tensors(work, plan)
     with torch.no_grad():
-        for name, params in plan.weights.items():
-            codes = weight_codes(exact_array(exact, tensors, name), params)
-            scale, zero_point = params.broadcast(codes.ndim)
-            tensors[name].copy_(torch.from_numpy(dequantize(codes.astype(np.float32), scale, zero_point)))
+        replace_(tensors, plan)
+        for name in plan.weights:
+            tensors[name].copy_(torch.from_numpy(plan.rounded(name, exact_array(exact, tensors, name))))
         for name in plan.biases:
             codes, scale = bias_codes(exact_array(exact, tensors, name), plan, name)
             tensors[name].copy_(torch.from_numpy(codes.astype(np.float32) * scale))
@@ -139,21 +138,29 @@ def simulated(tensor: Tensor, params: QParams) -> Tensor:
 
 
 def float_weights(model: Any, plan: Plan) -> dict[str, Tensor]:
-    """The float32 weights and biases of the layers that a batch norm of `plan` is folded into.
+    """The float32 weights and biases of the layers that a batch norm of `plan` is folded into, and what the plan replaces.
 
     Raises:
         ModelError: the model lacks a layer of the plan.
     """
     try:
-        return folded_weights(model, dict(plan.folds))
+        folded = folded_weights(model, dict(plan.folds))
     except AttributeError as cause:
         raise ModelError(f"This plan was made for another model: {cause}.") from cause
+    return folded | {name: torch.from_numpy(array) for name, array in plan.tensors.items()}
+
+
+def replace_(tensors: Mapping[str, Tensor], plan: Plan) -> None:
+    """*In place*: the values that the plan puts in the place of the folded model's own."""
+    with torch.no_grad():
+        for name, array in plan.tensors.items():
+            tensors[name].copy_(torch.from_numpy(array))
 
 
 def plan_tensors(model: Any, plan: Plan) -> dict[str, Tensor]:
     """The parameters and buffers of `model` by name, checked to hold every weight of `plan`."""
     tensors = {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    missing = [name for name in (*plan.weights, *plan.biases, *plan.casts) if name not in tensors]
+    missing = [name for name in (*plan.weights, *plan.biases, *plan.casts, *plan.tensors) if name not in tensors]
     if missing:
         raise ModelError(f"This plan was made for another model: there is no {missing[0]!r} in this {type(model).__name__}.")
     return tensors

@@ -12,7 +12,7 @@ import torch
 
 from whet.data import Batches
 from whet.errors import DataError
-from whet.graph.nodes import Graph, Node
+from whet.graph.nodes import Graph, Node, kinds_of
 from whet.graph.solve import Calibration
 from whet.graph.views import WeightView
 from whet.numerics.observers import Range, observe_minmax
@@ -174,7 +174,7 @@ class Tracer(Interceptor):
             named = (session.parameter(t) for t in call.tensors() if isinstance(t, torch.nn.Parameter))
             weight = next((name for name in named if name is not None), None)
             layer = path or weight or ""  # a bare parameter of the model itself is named, not the model
-        return Node(site, found.op, inputs, layer, weight, bias, outputs)
+        return Node(site, found.op, inputs, layer, weight, bias, outputs, kinds_of(session.module))
 
 
 def layer_of(path: str, weight: str) -> str:
