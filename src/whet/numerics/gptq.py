@@ -1,0 +1,140 @@
+"""GPTQ: rounding a weight column by column, each column taking up the error of those before it.
+
+Frantar et al. 2022, arXiv:2210.17323. With `H = R Rᵀ`, R upper triangular, the error of a row is `|(w − ŵ) R|²`, whose k-th
+term holds `ŵ` of columns up to k alone. Column k is therefore rounded from
+
+    w'_k = w_k + Σ_{i<k} (w_i − ŵ_i) R_ik / R_kk,
+
+which is their update with the Cholesky factor of `H⁻¹` (the two are one: `R⁻¹` is that factor; Chen et al. 2025,
+arXiv:2507.18553), but needs no inverse and sums the errors of whole blocks by one product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from whet.errors import ModelError
+from whet.numerics.moments import Float64s, Quadratic
+from whet.numerics.rounders import Codes, Columns, Floats, Rounder
+
+BLOCK = 128  # columns whose errors are passed on by one product
+INNER = 16  # columns within a block that pass errors on one by one
+DAMPING = 0.01  # of the mean diagonal of H, as in the paper
+MOST_DAMPING = 1e3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rounded:
+    """A rounded weight. codes, weight: (rows, columns). damping: what was added to H, as a fraction of its mean diagonal."""
+
+    codes: Codes
+    weight: Floats
+    damping: float
+
+
+def gptq(
+    weight: Floats,
+    hessian: Floats,
+    rounder: Rounder,
+    *,
+    damping: float = DAMPING,
+    activation_order: bool = True,
+    block: int = BLOCK,
+) -> Rounded:
+    """The codes of `weight` (rows, columns) that keep `tr((W − Ŵ) H (W − Ŵ)ᵀ)` low.
+
+    hessian: `E[x xᵀ]` (columns, columns). rounder: see `numerics.rounders`; with groups, their scales are fixed before.
+    activation_order: columns of large `H_jj` first. Columns whose input is always zero are rounded to nearest and pass
+    nothing on. Products are computed in the dtype of `weight`, the factor in float64.
+
+    Raises:
+        ModelError: no damping makes H positive definite (it holds NaN, or is no matrix of moments).
+    """
+    diagonal = np.einsum("ii->i", np.asarray(hessian, np.float64))
+    columns = weight.shape[1]
+    order = np.argsort(-diagonal, kind="stable") if activation_order else np.arange(columns)
+    factor, used = damped_factor(hessian, damping, order)
+    values = np.ascontiguousarray(weight.T[order])
+    codes, rounded = _sweep(values, factor.astype(weight.dtype), rounder, order, block)
+    back = np.argsort(order)
+    return Rounded(np.ascontiguousarray(codes[back].T), np.ascontiguousarray(rounded[back].T), used)
+
+
+def least_squares_target(quadratic: Quadratic, damping: float = DAMPING, *, near: Floats | None = None) -> Float64s:
+    """The real weight with the least error, `b H⁻¹` (rows, columns): what to round when inputs are quantized already.
+
+    near: where given, the damping pulls towards this weight, `(b + λ·near)(H + λ I)⁻¹`, else towards 0.
+    """
+    hessian = quadratic.hessian
+    columns = hessian.shape[0]
+    order = np.arange(columns)
+    factor, used = damped_factor(hessian, damping, order)
+    added = used * _mean_diagonal(hessian)
+    linear = quadratic.linear if near is None else quadratic.linear + added * np.asarray(near, np.float64)
+    dead = np.einsum("ii->i", hessian) <= 0
+    solved: Float64s = np.linalg.solve(factor.T, np.linalg.solve(factor, linear.T)).T
+    if near is not None:
+        solved = np.where(dead, near, solved)
+    return solved
+
+
+def damped_factor(hessian: Floats, damping: float, order: Columns) -> tuple[Float64s, float]:
+    """Upper triangular `R` with `R Rᵀ = H + λ·mean(diag H)·I` of the columns in `order`, and the λ it took.
+
+    λ begins at `damping` and grows tenfold until the factor exists. Columns of zero diagonal get the mean diagonal and no
+    neighbours.
+
+    Raises:
+        ModelError: H holds NaN or Inf, or λ = 1000 does not do.
+    """
+    exact = np.array(np.asarray(hessian, np.float64)[np.ix_(order[::-1], order[::-1])])
+    if not np.all(np.isfinite(exact)):
+        raise ModelError("The moments of a layer's inputs hold NaN or Inf. Check the calibration data and earlier weights.")
+    mean = _mean_diagonal(exact)
+    dead = np.einsum("ii->i", exact) <= 0
+    exact[dead, :] = exact[:, dead] = 0.0
+    diagonal = np.einsum("ii->i", exact)
+    diagonal[dead] = mean
+    used = damping
+    while used <= MOST_DAMPING:
+        shifted = exact.copy()
+        np.einsum("ii->i", shifted)[:] += used * mean
+        try:
+            lower = np.linalg.cholesky(shifted)
+        except np.linalg.LinAlgError:
+            used = max(used * 10, 1e-6)
+            continue
+        return np.ascontiguousarray(lower[::-1, ::-1]), used
+    raise ModelError(f"No damping up to {MOST_DAMPING:g} makes the moments of a layer's inputs positive definite.")
+
+
+def _mean_diagonal(hessian: Floats) -> float:
+    diagonal = np.einsum("ii->i", hessian)
+    alive = diagonal[diagonal > 0]
+    return float(np.mean(alive)) if alive.size else 1.0
+
+
+def _sweep(values: Floats, factor: Floats, rounder: Rounder, order: Columns, block: int) -> tuple[Codes, Floats]:
+    """Codes and rounded values, (columns, rows), of `values` (columns, rows), which stand in `order`."""
+    columns, rows = values.shape
+    ratio = factor / np.einsum("ii->i", factor)  # R_ik / R_kk
+    codes = np.empty((columns, rows), np.int32)
+    rounded = np.empty_like(values)
+    missed = np.zeros_like(values)  # w − ŵ
+    for start in range(0, columns, block):
+        end = min(start + block, columns)
+        wanted = values[start:end] + ratio[:start, start:end].T @ missed[:start]
+        for inner in range(start, end, INNER):
+            stop = min(inner + INNER, end)
+            if inner > start:
+                wanted[inner - start : stop - start] += ratio[start:inner, inner:stop].T @ missed[start:inner]
+            for k in range(inner, stop):
+                now = wanted[k - start]
+                if k > inner:
+                    now = now + ratio[inner:k, k] @ missed[inner:k]
+                found, value = rounder(now[:, None], order[k : k + 1])
+                codes[k], rounded[k] = found[:, 0], value[:, 0]
+                missed[k] = values[k] - rounded[k]
+    return codes, rounded
