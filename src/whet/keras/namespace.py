@@ -14,6 +14,7 @@ class KerasNamespace:
 
     abs = staticmethod(ops.abs)
     round = staticmethod(ops.round)
+    floor = staticmethod(ops.floor)
     exp = staticmethod(ops.exp)
     clip = staticmethod(ops.clip)
     minimum = staticmethod(ops.minimum)

@@ -24,6 +24,8 @@ class Target:
     fixed: operations whose output has a given (scale, zero_point in the unsigned form).
     portable: 8-bit weights use 7 bits (codes within ±63). Processors without VNNI add two products of 8 bits in 16, which
     overflow at full range; with this the file computes the same on all of them.
+    requantizes: kernels accumulate integers and multiply each accumulator by one float32 factor, and so does the simulation.
+    sum_bits: a sum of two multiplies codes by integers of that many bits and rounds halves up; None computes it in float.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Target:
     joined: frozenset[str] = frozenset()
     fixed: dict[str, tuple[float, int]] = field(default_factory=dict)
     portable: bool = False
+    requantizes: bool = False
+    sum_bits: int | None = None
 
     def describe(self) -> list[str]:
         """The rules as lines to read: what computes in integers, on which codes."""
@@ -57,10 +61,14 @@ class Target:
         ]
         if self.joined:
             lines.append(f"one scale for inputs and output: {names(self.joined)}")
+        if self.sum_bits is not None:
+            lines.append(f"sums: codes times integers of {self.sum_bits} bits, halves rounded up")
         if self.fixed:
             lines.append(f"given output scale: {', '.join(f'{op} {scale:g}' for op, (scale, _) in sorted(self.fixed.items()))}")
         return lines
 
+
+XNNPACK_SUM_BITS = 21
 
 TARGETS: dict[str, Target] = {
     target.name: target
@@ -106,6 +114,8 @@ TARGETS: dict[str, Target] = {
             joined=frozenset({"concat", "avg_pool"}),
             # int8 kernels demand these: https://ai.google.dev/edge/litert/conversion/tensorflow/quantization/quantization_spec
             fixed={"softmax": (1 / 256, 0), "sigmoid": (1 / 256, 0), "tanh": (1 / 128, 128)},
+            requantizes=True,
+            sum_bits=XNNPACK_SUM_BITS,
         ),
         # An exchange format: integers are stored, and PyTorch computes in float; other tools lower it further.
         Target(

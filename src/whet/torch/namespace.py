@@ -14,6 +14,7 @@ class TorchNamespace:
 
     abs = staticmethod(torch.abs)
     round = staticmethod(torch.round)
+    floor = staticmethod(torch.floor)
     exp = staticmethod(torch.exp)
 
     @staticmethod
