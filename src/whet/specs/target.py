@@ -82,6 +82,7 @@ TARGETS: dict[str, Target] = {
             signed_activations=False,
             compute=COMPUTE - {"conv_transpose"},  # ONNX Runtime has no integer kernel for it
             quantized=frozenset({"add", "mul", "concat", "global_avg_pool", "avg_pool"}),
+            requantizes=True,
         ),
         Target(
             "executorch",
