@@ -145,8 +145,9 @@ class Ids:
     def solve(self) -> None:
         """Decide every link.
 
-        A link of which one factor alone can shrink is decided by that; where all else is done, a factor that shrinks elsewhere
-        is preferred, then the one that leaves most groups, then the one that runs fastest. A dimension on which two decisions conflict becomes fixed.
+        A link of which one factor alone can shrink is decided by that; where all else is done, a factor that shrinks
+        elsewhere is preferred, then the one that leaves most groups, then the one that runs fastest. A dimension on which
+        two decisions conflict becomes fixed.
         """
         pending = self._links
         self._links = []

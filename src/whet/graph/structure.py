@@ -91,27 +91,43 @@ class Structure:
         return tuple(out)
 
     def conv(
-        self, x: Value, weight: Value, bias: Value | None, spatial: Sequence[int], *, groups: int = 1, layer: str = ""
+        self,
+        x: Value,
+        weight: Value,
+        bias: Value | None,
+        spatial: Sequence[int],
+        *,
+        groups: int = 1,
+        layer: str = "",
+        name: str = "",
     ) -> Value:
         """Convolution: x (N, C, …), weight (C', C/groups, …), bias (C')."""
         rows, columns = weight[0], weight[1]
         self._window(x, weight)
         self.ids.contract(columns)
-        self._grouped(x[1], rows, columns, groups, None)
+        self._grouped(x[1], rows, columns, groups, None, name)
         if bias is not None:
             self.ids.unite(rows, bias[0])
         self._count(layer, (len(x[0]), *spatial, *map(len, weight[2:])), (rows, columns))
         return (x[0], rows, *self.fresh(spatial, SPATIAL))
 
     def conv_transpose(
-        self, x: Value, weight: Value, bias: Value | None, spatial: Sequence[int], *, groups: int = 1, layer: str = ""
+        self,
+        x: Value,
+        weight: Value,
+        bias: Value | None,
+        spatial: Sequence[int],
+        *,
+        groups: int = 1,
+        layer: str = "",
+        name: str = "",
     ) -> Value:
         """Transposed convolution: x (N, C, …), weight (C, C'/groups, …), bias (C')."""
         rows, columns = weight[0], weight[1]
         self._window(x, weight)
         self.ids.contract(rows)
         out = columns if groups == 1 else self.ids.fresh(len(columns) * groups)
-        self._grouped(out, rows, columns, groups, x[1])
+        self._grouped(out, rows, columns, groups, x[1], name)
         if bias is not None:
             self.ids.unite(out, bias[0])
         self._count(layer, (len(x[0]), *map(len, x[2:]), *map(len, weight[2:])), (rows, columns))
@@ -121,7 +137,7 @@ class Structure:
         self.fix(x, SPATIAL, range(2, len(x)))
         self.fix(weight, "a kernel axis", range(2, len(weight)))
 
-    def _grouped(self, wide: IntArray, rows: IntArray, columns: IntArray, groups: int, x: IntArray | None) -> None:
+    def _grouped(self, wide: IntArray, rows: IntArray, columns: IntArray, groups: int, x: IntArray | None, name: str) -> None:
         """Both channel axes of a convolution are (group, index in the group); the weight's columns are the index alone."""
         if x is not None:
             self.ids.unite(rows, x)
@@ -129,6 +145,7 @@ class Structure:
             self.ids.unite(wide, columns)
             return
         group = self.ids.fresh(groups)
+        self.sites.append(Site(name, (group,)))
         self.ids.link(wide, (group, columns))
         self.ids.link(rows, (group, self.ids.fresh(len(rows) // groups)))
 
@@ -213,10 +230,12 @@ class Structure:
         self.fix(x, "a layer norm takes statistics over it", dims)
         return x
 
-    def group_norm(self, x: Value, groups: int, *vectors: Value | None, axis: int = 1) -> Value:
+    def group_norm(self, x: Value, groups: int, *vectors: Value | None, axis: int = 1, name: str = "") -> Value:
         """Statistics over the channels of a group: whole groups can leave."""
         inside = self.ids.fresh(len(x[axis]) // groups, "a group norm takes statistics over it")
-        self.ids.link(x[axis], (self.ids.fresh(groups), inside))
+        group = self.ids.fresh(groups)
+        self.ids.link(x[axis], (group, inside))
+        self.sites.append(Site(name, (group,)))
         return self.channel_norm(x, *vectors, axis=axis)
 
     def along(self, x: Value, dims: Sequence[int], what: str) -> Value:

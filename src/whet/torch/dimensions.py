@@ -216,7 +216,7 @@ def _conv(call: Call) -> Value:
     x, weight, bias = call.value("input"), call.value("weight"), call.maybe("bias")
     if call["transposed"] or len(x) != len(weight):
         raise ValueError("not an ordinary convolution of a batch")
-    return call.s.conv(x, weight, bias, call.shape[2:], groups=call["groups"], layer=call.layer)
+    return call.s.conv(x, weight, bias, call.shape[2:], groups=call["groups"], layer=call.layer, name=call.node.name)
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -224,7 +224,7 @@ def _conv_transpose(call: Call) -> Value:
     x, weight, bias = call.value("input"), call.value("weight"), call.maybe("bias")
     if len(x) != len(weight):
         raise ValueError("without a batch")
-    return call.s.conv_transpose(x, weight, bias, call.shape[2:], groups=call["groups"], layer=call.layer)
+    return call.s.conv_transpose(x, weight, bias, call.shape[2:], groups=call["groups"], layer=call.layer, name=call.node.name)
 
 
 @rule("linear")
@@ -281,7 +281,8 @@ def _layer_norm(call: Call) -> Value:
 
 @rule("group_norm")
 def _group_norm(call: Call) -> Value:
-    return call.s.group_norm(call.value("input"), call["num_groups"], call.maybe("weight"), call.maybe("bias"))
+    vectors = call.maybe("weight"), call.maybe("bias")
+    return call.s.group_norm(call.value("input"), call["num_groups"], *vectors, name=call.node.name)
 
 
 @rule("_weight_norm")

@@ -62,7 +62,7 @@ def read_model(model: Any, example: Any) -> Reading:
 
 def _structure(model: Any, program: Any) -> Structure:
     structure, values, constants = Structure(), {}, set()
-    named = _held_by_placeholder(model, program)
+    named, saved = _held_by_placeholder(model, program), set(model.state_dict())
     for node in program.graph.nodes:
         if node.op == "placeholder":
             held = named.get(node.name)
@@ -71,6 +71,8 @@ def _structure(model: Any, program: Any) -> Structure:
             else:
                 name, tensor, is_parameter = held
                 values[node] = structure.hold(name, tensor.shape, itemsize=tensor.element_size(), is_parameter=is_parameter)
+                if not is_parameter and name not in saved:
+                    structure.fix(values[node], "a buffer that is not saved with the model")
                 constants.add(node)
         elif node.op == "call_function":
             values[node] = _result(structure, node, values, constants)

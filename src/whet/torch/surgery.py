@@ -1,0 +1,285 @@
+"""Real removal: smaller tensors and attributes that say so, checked against the original with the same channels silenced."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from whet.data import leaves
+from whet.errors import DataError, ModelError
+from whet.graph.groups import Family, Gone
+from whet.graph.ids import IntArray
+from whet.torch.attributes import Change, candidates, own_changes
+from whet.torch.groups import Reading
+from whet.torch.model import call, device_of, dtype_of, evaluating, to_numpy, to_tensors
+
+TOLERANCE = 1e-4  # of the largest output; float arithmetic in another order
+_HALF_TOLERANCE = 3e-2  # of 16-bit models
+_NAMED_APART = 4  # so many attribute names are tried in every combination
+
+
+@dataclass(slots=True)
+class Undo:
+    """What a cut replaced, so that it can be put back."""
+
+    entries: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
+
+    def set(self, where: dict[str, Any], key: str, value: Any) -> None:
+        """Replace an entry and remember the old one."""
+        self.entries.append((where, key, where[key]))
+        where[key] = value
+
+    def back(self, to: int = 0) -> None:
+        """Put everything back that was replaced after the first `to` entries."""
+        while len(self.entries) > to:
+            where, key, value = self.entries.pop()
+            where[key] = value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Refused:
+    """Families whose removal the model's own code does not allow, and the operations that hold the sizes."""
+
+    family: str
+    reason: str
+
+
+class Surgeon:
+    """Removes groups from one model, which it changes, and checks the result on `example`."""
+
+    def __init__(self, model: Any, reading: Reading, example: Any) -> None:
+        self._model, self._groups = model, reading.groups
+        self._nodes = {node.name: node for node in reading.program.graph.nodes}
+        self._inputs = to_tensors(example, device_of(model), dtype_of(model))
+        self._names = _names(model)
+
+    def outputs(self) -> list[Any]:
+        """The model's outputs on the example, in inference mode."""
+        with evaluating(self._model), torch.no_grad():
+            return leaves(to_numpy(call(self._model, self._inputs)))
+
+    @contextmanager
+    def silenced(self, gone: Gone) -> Iterator[None]:
+        """The original with the weights that read these groups at zero."""
+        kept: list[tuple[Any, int, Any, Any]] = []
+        ids = self._groups.structure.ids
+        with torch.no_grad():
+            for name, axes in self._groups.held_roots().items():
+                held = self._groups.structure.held[name]
+                for d, roots in enumerate(axes):
+                    at = np.flatnonzero(gone[roots] & ids.is_contracted(held.value[d]))
+                    if len(at):
+                        tensor = self._tensor(name)
+                        index = torch.from_numpy(at).to(tensor.device)
+                        kept.append((tensor, d, index, tensor.index_select(d, index).clone()))
+                        tensor.index_fill_(d, index, 0.0)
+            try:
+                yield
+            finally:
+                for tensor, d, index, values in reversed(kept):
+                    tensor.index_copy_(d, index, values)
+
+    def _tensor(self, name: str) -> Any:
+        where, key = self._names[name][0]
+        return where[key]
+
+    def refusals(self, families: tuple[Family, ...]) -> list[Refused]:
+        """Try families whose removal changes a size written into an operation; one group of each, alike ones together."""
+        alike: dict[Any, list[Family]] = {}
+        for family in families:
+            if family.sites:
+                alike.setdefault(self._likeness(family), []).append(family)
+        refused = []
+        for found in alike.values():
+            tried = [family for family in found if len(family) > 1]
+            gone = self._groups.gone([family.roots[:1] for family in tried])
+            if tried and not self._groups.is_empty(gone) and self._attempt(gone) is None:
+                refused += [Refused(family.name, self._why(family)) for family in found]
+        return refused
+
+    def _likeness(self, family: Family) -> Any:
+        """Equal for families that the same code holds."""
+        kinds = [(self._target(name), self._owner_class(name)) for name in family.sites]
+        return (family.kind, tuple(kinds), tuple((m.axis, m.contracted, m.positions.shape[1]) for m in family.members))
+
+    def _target(self, name: str) -> str:
+        return str(self._nodes[name].target)
+
+    def _owner_class(self, name: str) -> str:
+        return type(self._owners(name)[0]).__qualname__
+
+    def _owners(self, name: str) -> list[Any]:
+        """The modules around an operation, the innermost first."""
+        stack = self._nodes[name].meta.get("nn_module_stack") or {}
+        paths = [str(path).removeprefix("L__self__").lstrip(".") for path, _ in reversed(stack.values())]
+        known = dict(self._model.named_modules())
+        return [known[path] for path in paths if path in known] or [self._model]
+
+    def _why(self, family: Family) -> str:
+        places = [f"{self._nodes[n].target._schema.name.split('::')[-1]} in {self._where(n)}" for n in family.sites]
+        return f"the model's code fixes its size ({', '.join(dict.fromkeys(places))})"
+
+    def _where(self, name: str) -> str:
+        path = next((p for p, module in self._model.named_modules() if module is self._owners(name)[0]), "")
+        return path or type(self._model).__name__
+
+    def _attempt(self, gone: Gone) -> list[Change] | None:
+        """Cut, compare and put back; the attribute changes that make it right, None if none do."""
+        with self.silenced(gone):
+            expected = self.outputs()
+        undo = Undo()
+        try:
+            self._cut(gone, undo)
+            return self._fitting(gone, undo, expected)
+        finally:
+            undo.back()
+
+    def remove(self, gone: Gone) -> list[Change]:
+        """Remove these groups for good; the attributes that were changed.
+
+        Raises:
+            ModelError: the result is not the original with these groups silenced.
+        """
+        with self.silenced(gone):
+            expected = self.outputs()
+        undo = Undo()
+        self._cut(gone, undo)
+        changes = self._fitting(gone, undo, expected)
+        if changes is None:
+            undo.back()
+            raise ModelError(
+                f"Removing these channels does not give the original with them silenced: {self._compare(expected, gone)} "
+                "Name the layers in keep=, or use rebuild='graph'."
+            )
+        return changes
+
+    def _compare(self, expected: list[Any], gone: Gone) -> str:
+        touched = set(np.flatnonzero(gone).tolist())
+        sites = [f for f in self._groups.families if f.sites and touched.intersection(f.roots.tolist())]
+        names = sorted({f"{self._target(n)} in {self._where(n)}" for family in sites for n in family.sites})
+        return (
+            f"sizes are written into {', '.join(names)}." if names else "an operation is followed wrongly (please report it)."
+        )
+
+    def _fitting(self, gone: Gone, undo: Undo, expected: list[Any]) -> list[Change] | None:
+        """The attributes of layers whose kind is known, and of others as far as the outputs agree with `expected`."""
+        own = own_changes(self._model, self._groups, gone)
+        self._write(own, undo)
+        sure = len(undo.entries)
+        for extra in _combinations(self._guesses(gone, {(id(c.module), c.name) for c in own})):
+            self._write(extra, undo)
+            if self._agrees(expected):
+                return [*own, *extra]
+            undo.back(sure)
+        return None
+
+    def _write(self, changes: list[Change], undo: Undo) -> None:
+        for change in changes:
+            undo.set(vars(change.module), change.name, change.value)
+
+    def _guesses(self, gone: Gone, known: set[tuple[int, str]]) -> list[Change]:
+        """Attributes that hold a size which changes, in the modules around the operations where it is written."""
+        found: dict[tuple[int, str], Change] = {}
+        ids = self._groups.structure.ids
+        for site in self._groups.structure.sites:
+            pairs = {(len(p), int((~gone[ids.find(p)]).sum())) for p in site.pieces}
+            pairs = {(old, new) for old, new in pairs if old != new}
+            for module in self._owners(site.name) if pairs else ():
+                for change in candidates(module, pairs):
+                    if (id(module), change.name) not in known:
+                        found.setdefault((id(module), change.name), change)
+        return list(found.values())
+
+    def _agrees(self, expected: list[Any]) -> bool:
+        try:
+            found = self.outputs()
+        except (DataError, ModelError):
+            return False
+        half = dtype_of(self._model) in (torch.float16, torch.bfloat16)
+        return equal(found, expected, _HALF_TOLERANCE if half else TOLERANCE)
+
+    def _cut(self, gone: Gone, undo: Undo) -> None:
+        for name, axes in self._groups.kept(gone).items():
+            places = self._names[name]
+            old = places[0][0][places[0][1]]
+            new = sliced(old.detach(), axes)
+            if isinstance(old, torch.nn.Parameter):
+                new = torch.nn.Parameter(new, requires_grad=old.requires_grad)
+            for where, key in places:
+                undo.set(where, key, new)
+
+
+def equal(found: list[Any], expected: list[Any], tolerance: float = TOLERANCE) -> bool:
+    """Whether the outputs have the same shapes and differ by at most `tolerance` of the largest value."""
+    if len(found) != len(expected):
+        return False
+    for one, two in zip(found, expected, strict=True):
+        if one.shape != two.shape:
+            return False
+        if one.size and two.dtype.kind == "f":
+            finite = two[np.isfinite(two)]
+            scale = float(np.abs(finite).max()) if finite.size else 1.0
+            if not np.allclose(one, two, rtol=0.0, atol=tolerance * max(scale, 1e-12), equal_nan=True):
+                return False
+        elif not np.array_equal(one, two):
+            return False
+    return True
+
+
+def sliced(tensor: Any, axes: Mapping[int, IntArray]) -> Any:
+    """`tensor` with only these positions of its axes, in memory of its own."""
+    for axis, positions in axes.items():
+        tensor = tensor.index_select(axis, torch.from_numpy(np.ascontiguousarray(positions)).to(tensor.device))
+    return tensor.clone()
+
+
+def slice_optimizer(optimizer: Any, replaced: Mapping[int, tuple[Any, Mapping[int, IntArray]]]) -> None:
+    """*In place*: an optimizer's parameters and their state (momenta) lose the same positions.
+
+    replaced: for the id of an old parameter, the new one and the positions it kept.
+    """
+    for group in optimizer.param_groups:
+        for i, old in enumerate(group["params"]):
+            if id(old) not in replaced:
+                continue
+            new, axes = replaced[id(old)]
+            group["params"][i] = new
+            if old in optimizer.state:
+                state = optimizer.state.pop(old)
+                optimizer.state[new] = {
+                    key: sliced(value, axes) if isinstance(value, torch.Tensor) and value.shape == old.shape else value
+                    for key, value in state.items()
+                }
+
+
+def _names(model: Any) -> dict[str, list[tuple[dict[str, Any], str]]]:
+    """Where every parameter and buffer is held: the dictionaries of modules, several for a tied one."""
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    first: dict[str, list[tuple[dict[str, Any], str]]] = {}
+    for path, module in model.named_modules():
+        for where in (module._parameters, module._buffers):
+            for key, tensor in where.items():
+                if tensor is not None:
+                    found = places.setdefault(id(tensor), [])
+                    found.append((where, key))
+                    first[f"{path}.{key}" if path else key] = found
+    return first
+
+
+def _combinations(guesses: list[Change]) -> Iterator[list[Change]]:
+    """None, all, then all changes of some attribute names: few names in every combination, many one at a time."""
+    yield []
+    names = list(dict.fromkeys(change.name for change in guesses))
+    if not names:
+        return
+    yield guesses
+    some = range(1, len(names)) if len(names) <= _NAMED_APART else (1,)
+    for count in some:
+        for chosen in itertools.combinations(names, count):
+            yield [change for change in guesses if change.name in chosen]
