@@ -1,7 +1,7 @@
-"""Which arithmetic of the target's integer kernels stands before each quantizer; both sides simulate by it.
+"""Which arithmetic of the target's integer kernels makes a value; both sides simulate by it.
 
-A value behind an operation with weights, or a product of two, is an accumulator times its step; a sum of two is what the
-target's `sum_bits` say. Everything else reaches its quantizer as computed in float.
+What an operation with weights, or a product of two, makes is an accumulator times its step; a sum of two is what the target's
+`sum_bits` say. Everything else is computed in float, and rounded by its quantizer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from whet.numerics.affine import QParams
 from whet.numerics.integers import SumMultipliers, requantization_factor, sum_multipliers
 from whet.specs.target import TARGETS
 
-_CLIPPED: dict[str, tuple[float, float | None]] = {"relu": (0.0, None), "relu6": (0.0, 6.0)}
 MOST = 8  # bits of activations whose sums are exact in float32
 
 
@@ -34,37 +33,37 @@ class Accumulator:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """A value that is the sum of two quantized ones, of scales `left` and `right`, clipped to `low`..`high` (None: open)."""
+    """A value that is the sum of two quantized ones, of scales `left` and `right`."""
 
     node: Node
     left: float
     right: float
     multipliers: SumMultipliers
     scale: float
-    low: float | None = None
-    high: float | None = None
 
 
 def arithmetic(graph: Graph, plan: Plan) -> Mapping[str, Accumulator | Sum]:
-    """The rule of every quantized value that has one, by its name."""
+    """The rule of every operation that has one, by the name of its value.
+
+    Its codes are those of the quantizer behind it, activations between the two passed over: these clip, and codes stay codes.
+    """
     target = TARGETS.get(plan.target)
     if target is None or not plan.values:
         return {}
     producer = {value: node for node in graph.nodes for value in node.values}
     found: dict[str, Accumulator | Sum] = {}
     for value, params in plan.values.items():
-        node, between = producer.get(value), []
-        while node is not None and node.op in target.fused and len(node.inputs) == 1:
-            between.append(node.op)
+        node = producer.get(value)
+        while node is not None and node.op in target.fused and len(node.inputs) == 1 and node.inputs[0] not in plan.values:
             node = producer.get(node.inputs[0])
-        if node is None or node.outputs != 1 or (between and node.name in plan.values):
+        if node is None or node.outputs != 1:
             continue
         if node.op == "add":
-            rule: Accumulator | Sum | None = _sum(node, between, plan, params, target.sum_bits)
+            rule: Accumulator | Sum | None = _sum(node, plan, params, target.sum_bits)
         else:
             rule = _accumulator(node, plan, params) if target.requantizes else None
         if rule is not None:
-            found[value] = rule
+            found[node.name] = rule
     return found
 
 
@@ -84,10 +83,10 @@ def _accumulator(node: Node, plan: Plan, params: QParams) -> Accumulator | None:
     return None if factor is None else Accumulator(node, step, factor, float(params.scale))
 
 
-def _sum(node: Node, between: list[str], plan: Plan, params: QParams, bits: int | None) -> Sum | None:
-    """The rule of a sum of two values with quantizers, behind which only known activations stand."""
+def _sum(node: Node, plan: Plan, params: QParams, bits: int | None) -> Sum | None:
+    """The rule of a sum of two values with quantizers."""
     inputs = [plan.values.get(name) for name in node.inputs]
-    if bits is None or len(inputs) != 2 or len(between) > 1 or not set(between) <= set(_CLIPPED):
+    if bits is None or len(inputs) != 2:
         return None
     left, right = inputs
     if left is None or right is None or max(left.spec.bits, right.spec.bits) > MOST:
@@ -95,5 +94,4 @@ def _sum(node: Node, between: list[str], plan: Plan, params: QParams, bits: int 
     multipliers = sum_multipliers(float(left.scale), float(right.scale), float(params.scale), bits)
     if multipliers is None:
         return None
-    low, high = _CLIPPED[between[0]] if between else (None, None)
-    return Sum(node, float(left.scale), float(right.scale), multipliers, float(params.scale), low, high)
+    return Sum(node, float(left.scale), float(right.scale), multipliers, float(params.scale))

@@ -1,4 +1,4 @@
-"""The arithmetic of integer kernels as layers before quantizers: values as the runtime has them, to the last bit.
+"""The arithmetic of integer kernels as layers behind operations: values as the runtime has them, to the last bit.
 
 Each layer changes a value by float rounding errors alone; its gradient is 1 in what it was given.
 """
@@ -53,33 +53,20 @@ class Requantize(keras.layers.Layer):  # type: ignore[misc]
 class FixedPointSum(keras.layers.Layer):  # type: ignore[misc]
     """A sum of two quantized values, of scales `left` and `right`, as kernels with integer multipliers compute it.
 
-    Called on [the sum in float, the left value, the right value]; the result is clipped to low..high (None: open).
+    Called on [the sum in float, the left value, the right value]. multipliers: those of `SumMultipliers`, in its order.
     """
 
-    def __init__(
-        self,
-        left: float,
-        right: float,
-        multipliers: list[int],
-        scale: float,
-        low: float | None = None,
-        high: float | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, left: float, right: float, multipliers: list[int], scale: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.left, self.right, self.scale = float(left), float(right), float(scale)
         self.multipliers = SumMultipliers(*(int(number) for number in multipliers))
-        self.low, self.high = low, high
         self.built = True
 
     def call(self, tensors: list[Tensor]) -> Tensor:
         """The sum, in the shape of the first."""
         x, left, right = tensors
         codes = fixed_point_sum(ops.round(left / self.left), ops.round(right / self.right), self.multipliers, xp=xp)
-        value = codes * self.scale
-        value = value if self.low is None else ops.maximum(value, self.low)
-        value = value if self.high is None else ops.minimum(value, self.high)
-        return x + ops.stop_gradient(value - x)
+        return x + ops.stop_gradient(codes * self.scale - x)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """The shape of the sum."""
@@ -88,7 +75,7 @@ class FixedPointSum(keras.layers.Layer):  # type: ignore[misc]
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor."""
         numbers = self.multipliers
-        own = {"left": self.left, "right": self.right, "scale": self.scale, "low": self.low, "high": self.high}
+        own = {"left": self.left, "right": self.right, "scale": self.scale}
         return {**super().get_config(), **own, "multipliers": [numbers.left, numbers.right, numbers.shift]}
 
 
@@ -119,6 +106,6 @@ class Arithmetic:
             return Requantize(step, factor, rule.scale, axis, name=f"requantize_{safe(ref.name)}")(tensor)
         if isinstance(rule, Sum):
             numbers = [rule.multipliers.left, rule.multipliers.right, rule.multipliers.shift]
-            layer = FixedPointSum(rule.left, rule.right, numbers, rule.scale, rule.low, rule.high, name=f"sum_{safe(ref.name)}")
+            layer = FixedPointSum(rule.left, rule.right, numbers, rule.scale, name=f"sum_{safe(ref.name)}")
             return layer([tensor, *(self._tensors[name] for name in rule.node.inputs)])
         return tensor
