@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from whet.errors import ExportError, require
 from whet.graph.placement import Plan
 from whet.specs import Target
 from whet.torch.file_check import check_runs, output_names
 from whet.torch.interception import tensors_in
-from whet.torch.model import call, to_numpy, to_tensors
+from whet.torch.model import to_tensors
 from whet.torch.onnx_file import rename_dimensions, rename_values, tidy
+from whet.torch.onnx_program import write_program
 from whet.torch.program import (
     BATCH_AXIS,
     at_least_two,
@@ -50,23 +52,30 @@ def export_onnx(model: Any, plan: Plan | None, target: Target, path: Path, *, ex
 
 def build_onnx(model: Any, plan: Plan | None, target: Target, *, example: Any, dynamic: Any) -> tuple[Any, Any, Any]:
     """`(ONNX model, converted PyTorch model, inputs it was traced with)`; the arguments are those of `export_onnx`."""
-    optimizer = require("onnxscript.optimizer", "onnx", "Exporting to ONNX")
+    require("onnxscript", "onnx", "Exporting to ONNX")
     work = ready(model, plan, target)
     inputs = at_least_two(to_tensors(example, torch.device("cpu"), torch.float32))
     program = trace_program(work, inputs, dynamic)
     check_sites(work, plan)
+    outputs = output_names(pytree.tree_unflatten([None] * program.call_spec.out_spec.num_leaves, program.call_spec.out_spec))
+    proto = write_program(program)
+    if proto is None:
+        proto = _by_pytorch(program, type(model).__name__)
+    _name_values(proto, work, inputs, outputs, dynamic)
+    tidy(proto, importlib.metadata.version("whet"))
+    return proto, work, inputs
+
+
+def _by_pytorch(program: Any, name: str) -> Any:
+    """The ONNX model that PyTorch's own exporter makes of `program`, optimized."""
+    optimizer = require("onnxscript.optimizer", "onnx", "Exporting to ONNX")
     with quietly():
         try:
             written = _translated(program)
             optimizer.optimize_ir(written.model, should_fold=_should_fold)
-            proto = written.model_proto
+            return written.model_proto
         except Exception as cause:
-            raise ExportError(
-                f"{type(model).__name__} was traced, but an operation in it has no ONNX form: {first_line(cause)}"
-            ) from cause
-    _name_values(proto, work, inputs, dynamic)
-    tidy(proto, importlib.metadata.version("whet"))
-    return proto, work, inputs
+            raise ExportError(f"{name} was traced, but an operation in it has no ONNX form: {first_line(cause)}") from cause
 
 
 def _translated(program: Any) -> Any:
@@ -103,13 +112,11 @@ def _should_fold(node: Any) -> bool | None:
     return False if is_half else None
 
 
-def _name_values(proto: Any, model: Any, inputs: Any, dynamic: Any) -> None:
+def _name_values(proto: Any, model: Any, inputs: Any, outputs: list[str], dynamic: Any) -> None:
     """Inputs are called like the dict's keys or forward's arguments, outputs like the dict's keys; the batch axis `batch`."""
     names = _aliases(model)
     if isinstance(inputs, Mapping) and len(inputs) == len(proto.graph.input):
         names |= {value.name: str(key) for value, key in zip(proto.graph.input, inputs, strict=True)}
-    with torch.no_grad():
-        outputs = output_names(to_numpy(call(model, inputs)))
     if len(outputs) == len(proto.graph.output) and len({value.name for value in proto.graph.output}) == len(outputs):
         names |= {value.name: name for value, name in zip(proto.graph.output, outputs, strict=True)}
     rename_values(proto, names)
