@@ -49,7 +49,7 @@ def test_by_hand() -> None:
     x = np.asarray([[1.0, 2.0, 11.0, 12.0, -7.0, -8.0]])
     np.testing.assert_array_equal(kmeans_levels(x, 3), [[-7.5, 1.5, 11.5]])
     np.testing.assert_array_equal(kmeans_levels(x, 3, keep_zero=True), [[-7.5, 0.0, 11.5]])
-    np.testing.assert_array_equal(kmeans_levels(x, 1), [[11 / 6]])
+    np.testing.assert_array_equal(kmeans_levels(x, 1), np.asarray([[11 / 6]], np.float32))
     np.testing.assert_array_equal(kmeans_levels(x, 1, keep_zero=True), [[0.0]])
     weighed = kmeans_levels(x, 3, importance=np.asarray([1.0, 3.0, 1.0, 1.0, 1.0, 1.0]))
     np.testing.assert_array_equal(weighed, [[-7.5, 1.75, 11.5]])
