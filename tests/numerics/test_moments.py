@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whet.errors import DataError
-from whet.numerics.moments import merge, reconstruction, target_reconstruction, update
+from whet.numerics.moments import Quadratic, merge, reconstruction, update
 
 
 def rows(seed: int, n: int = 300, columns: int = 5, offset: float = 1.0) -> np.ndarray:
@@ -67,7 +67,7 @@ def test_the_quadratic_is_the_mean_squared_error(with_quantized) -> None:
 def test_the_quadratic_of_other_targets() -> None:
     x, rng = rows(5), np.random.default_rng(6)
     target, rounded = rng.normal(size=(300, 3)), rng.normal(size=(3, 5))
-    quadratic = target_reconstruction(x.T @ x / 300, target.T @ x / 300, np.mean(target**2, axis=0))
+    quadratic = Quadratic(x.T @ x / 300, target.T @ x / 300, np.mean(target**2, axis=0))
     np.testing.assert_allclose(quadratic.error(rounded), np.mean((target - x @ rounded.T) ** 2, axis=0), rtol=1e-9)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from whet.errors import ModelError
-from whet.numerics.moments import Float64s, Quadratic
+from whet.numerics.moments import Float64s, Quadratic, mean_diagonal
 from whet.numerics.rounders import Codes, Columns, Floats, Rounder
 
 BLOCK = 128  # columns whose errors are passed on by one product
@@ -62,21 +62,14 @@ def gptq(
     return Rounded(np.ascontiguousarray(codes[back].T), np.ascontiguousarray(rounded[back].T), used)
 
 
-def least_squares_target(quadratic: Quadratic, damping: float = DAMPING, *, near: Floats | None = None) -> Float64s:
+def least_squares_target(quadratic: Quadratic) -> Float64s:
     """The real weight with the least error, `b H⁻¹` (rows, columns): what to round when inputs are quantized already.
 
-    near: where given, the damping pulls towards this weight, `(b + λ·near)(H + λ I)⁻¹`, else towards 0.
+    Hand in `quadratic.damped(weight, …)`, so that directions which the data does not know stay as they are in the weight.
     """
-    hessian = quadratic.hessian
-    columns = hessian.shape[0]
-    order = np.arange(columns)
-    factor, used = damped_factor(hessian, damping, order)
-    added = used * _mean_diagonal(hessian)
-    linear = quadratic.linear if near is None else quadratic.linear + added * np.asarray(near, np.float64)
-    dead = np.einsum("ii->i", hessian) <= 0
-    solved: Float64s = np.linalg.solve(factor.T, np.linalg.solve(factor, linear.T)).T
-    if near is not None:
-        solved = np.where(dead, near, solved)
+    order = np.arange(quadratic.hessian.shape[0])
+    factor, _ = damped_factor(quadratic.hessian, 0.0, order)
+    solved: Float64s = np.linalg.solve(factor.T, np.linalg.solve(factor, quadratic.linear.T)).T
     return solved
 
 
@@ -92,7 +85,7 @@ def damped_factor(hessian: Floats, damping: float, order: Columns) -> tuple[Floa
     exact = np.array(np.asarray(hessian, np.float64)[np.ix_(order[::-1], order[::-1])])
     if not np.all(np.isfinite(exact)):
         raise ModelError("The moments of a layer's inputs hold NaN or Inf. Check the calibration data and earlier weights.")
-    mean = _mean_diagonal(exact)
+    mean = mean_diagonal(exact)
     dead = np.einsum("ii->i", exact) <= 0
     exact[dead, :] = exact[:, dead] = 0.0
     diagonal = np.einsum("ii->i", exact)
@@ -108,12 +101,6 @@ def damped_factor(hessian: Floats, damping: float, order: Columns) -> tuple[Floa
             continue
         return np.ascontiguousarray(lower[::-1, ::-1]), used
     raise ModelError(f"No damping up to {MOST_DAMPING:g} makes the moments of a layer's inputs positive definite.")
-
-
-def _mean_diagonal(hessian: Floats) -> float:
-    diagonal = np.einsum("ii->i", hessian)
-    alive = diagonal[diagonal > 0]
-    return float(np.mean(alive)) if alive.size else 1.0
 
 
 def _sweep(values: Floats, factor: Floats, rounder: Rounder, order: Columns, block: int) -> tuple[Codes, Floats]:

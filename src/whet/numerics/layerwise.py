@@ -13,18 +13,19 @@ from whet.numerics.affine import SCALE_FLOOR
 from whet.numerics.descent import coordinate_descent
 from whet.numerics.gptq import DAMPING, gptq, least_squares_target
 from whet.numerics.moments import Float64s, Floats, Quadratic
-from whet.numerics.rounders import Codes, Rounder, integer_rounder, with_mask
+from whet.numerics.rounders import Codes, Rounder, expand_groups, integer_rounder, with_mask
 from whet.numerics.scales import lsq_group_scales, lsq_scale, search_scale
 
 FACTORS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)  # of the scale that is best for rounding to nearest
 ROUNDS = 4
+LEAST_GAIN = 1e-4  # of the error: a round that gains less is the last
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerRounding:
     """codes, weight: (rows, columns); weight is `scale · codes` with each group's scale. scale: (rows, groups), float32 values.
 
-    nearest_error, error: mean squared error of each output row, rounded to nearest and as returned. damping: see `gptq`.
+    nearest_error, error: mean squared error of each output row, rounded to nearest and as returned.
     """
 
     codes: Codes
@@ -32,7 +33,6 @@ class LayerRounding:
     weight: Float64s
     nearest_error: Float64s
     error: Float64s
-    damping: float
 
 
 def round_layer(
@@ -47,24 +47,26 @@ def round_layer(
     rounds: int = ROUNDS,
     factors: tuple[float, ...] = FACTORS,
 ) -> LayerRounding:
-    """Symmetric codes and scales of `weight` (rows, columns) with a low output error, per row or group of columns.
+    """Symmetric codes and scales of `weight` (rows, columns) with a low output error.
 
-    1. The target is the least-squares weight for the inputs as they now are. 2. For each of `factors` times the scale that is
-    best for rounding to nearest, GPTQ; each row keeps the best. 3. `rounds` times: coordinate descent, then the
-    least-squares scale of the codes. A row never ends worse than it was after any step. mask: 0 where the weight is pruned.
+    0. The error is damped: `λ |ŵ − w|²` is added, λ being `damping` times the mean diagonal of H. 1. The target is the
+    least-squares weight for the inputs as they now are. 2. For each of `factors` times the scale that is best for rounding to
+    nearest, GPTQ; each row keeps the best, or nearest if that is better. 3. `rounds` times: coordinate descent, then the
+    least-squares scale of the codes. The damped error of a row never rises. mask: 0 where the weight is pruned.
     """
     exact = np.asarray(weight, np.float64)
-    base = search_scale(exact, qmin, qmax, hessian=quadratic.hessian, group_size=group_size)
-    nearest = _quantizer(base, qmin, qmax, exact.shape, group_size, mask)(exact, np.arange(exact.shape[1]))[1]
-    target = least_squares_target(quadratic, damping, near=exact)
-    best, used = _best_of_scales(exact, target, quadratic, base, (qmin, qmax), group_size, mask, damping, factors)
+    damped = quadratic.damped(exact, damping)
+    solver = _Solver(damped, (qmin, qmax), group_size, None if mask is None else np.asarray(mask))
+    base = _single(search_scale(exact, qmin, qmax, hessian=damped.hessian, group_size=group_size))
+    nearest = solver.nearest(exact, base)
+    best = solver.best_of_scales(base, factors, nearest)
     for _ in range(rounds):
-        found = _polish(best, quadratic, (qmin, qmax), group_size, mask)
+        found = solver.polished(best)
         gain = np.sum(best.error) - np.sum(found.error)
         best = found
-        if gain <= 1e-4 * np.sum(best.error):
+        if gain <= LEAST_GAIN * np.sum(best.error):
             break
-    return LayerRounding(best.codes, best.scale, best.weight, quadratic.error(nearest), best.error, used)
+    return LayerRounding(best.codes, best.scale, best.weight, quadratic.error(nearest.weight), quadratic.error(best.weight))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,61 +74,65 @@ class _State:
     codes: Codes
     scale: Float64s
     weight: Float64s
-    error: Float64s
+    error: Float64s  # (rows,), damped
 
 
-def _best_of_scales(
-    exact: Float64s,
-    target: Float64s,
-    quadratic: Quadratic,
-    base: Float64s,
-    limits: tuple[int, int],
-    group_size: int | None,
-    mask: Floats | None,
-    damping: float,
-    factors: tuple[float, ...],
-) -> tuple[_State, float]:
-    """Each row with the factor that GPTQ does best with."""
-    rows = exact.shape[0]
-    many = len(factors)
-    scales = _single(np.concatenate([base * factor for factor in factors]))
-    masks = None if mask is None else np.tile(np.asarray(mask), (many, 1))
-    shape = (rows * many, exact.shape[1])
-    rounder = _quantizer(scales, *limits, shape, group_size, masks)
-    rounded = gptq(np.tile(target, (many, 1)), quadratic.hessian, rounder, damping=damping)
-    errors = np.stack([quadratic.error(rounded.weight[i * rows : (i + 1) * rows]) for i in range(many)])
-    chosen = np.argmin(errors, axis=0) * rows + np.arange(rows)
-    return _State(rounded.codes[chosen], scales[chosen], rounded.weight[chosen], errors.min(axis=0)), rounded.damping
+@dataclass(frozen=True, slots=True, eq=False)
+class _Solver:
+    quadratic: Quadratic
+    limits: tuple[int, int]
+    group_size: int | None
+    mask: Floats | None
+
+    def nearest(self, weight: Float64s, scale: Float64s) -> _State:
+        codes, rounded = self._rounder(scale, weight.shape[1])(weight, np.arange(weight.shape[1]))
+        return _State(codes, scale, np.asarray(rounded, np.float64), self.quadratic.error(rounded))
+
+    def best_of_scales(self, base: Float64s, factors: tuple[float, ...], nearest: _State) -> _State:
+        """Each row with the factor that GPTQ does best with; all factors are solved at once, as rows of one weight."""
+        target = least_squares_target(self.quadratic)
+        rows, many = target.shape[0], len(factors)
+        scales = _single(np.concatenate([base * factor for factor in factors]))
+        rounder = self._rounder(scales, target.shape[1], many)
+        rounded = gptq(np.tile(target, (many, 1)), self.quadratic.hessian, rounder, damping=0.0)
+        errors = [self.quadratic.error(part) for part in np.split(rounded.weight, many)]
+        chosen = np.argmin(errors, axis=0) * rows + np.arange(rows)
+        found = _State(
+            rounded.codes[chosen], scales[chosen], np.asarray(rounded.weight[chosen], np.float64), np.min(errors, axis=0)
+        )
+        return _better(found, nearest)
+
+    def polished(self, state: _State) -> _State:
+        """Coordinate descent, then the codes' own scale where that helps."""
+        columns = state.codes.shape[1]
+        rounder = self._rounder(state.scale, columns)
+        codes, found = coordinate_descent(state.codes, state.weight, self.quadratic, rounder)
+        weight = np.asarray(found, np.float64)
+        if self.group_size is None:
+            scale = lsq_scale(codes, self.quadratic)
+            scale = np.where(np.isnan(scale), state.scale, scale)
+        else:
+            scale = lsq_group_scales(codes, state.scale, self.quadratic, self.group_size)
+        scale = _single(np.maximum(scale, SCALE_FLOOR))
+        rescaled = codes * (scale if self.group_size is None else expand_groups(scale, self.group_size, columns))
+        held = _State(codes, state.scale, weight, self.quadratic.error(weight))
+        return _better(_State(codes, scale, rescaled, self.quadratic.error(rescaled)), held)
+
+    def _rounder(self, scale: Float64s, columns: int, copies: int = 1) -> Rounder:
+        """The rounder of `copies` weights below each other."""
+        rounder = integer_rounder(scale, *self.limits, shape=(scale.shape[0], columns), group_size=self.group_size)
+        return rounder if self.mask is None else with_mask(rounder, np.tile(self.mask, (copies, 1)))
 
 
-def _polish(
-    state: _State, quadratic: Quadratic, limits: tuple[int, int], group_size: int | None, mask: Floats | None
-) -> _State:
-    """Coordinate descent, then the codes' own scale where that helps."""
-    shape = (state.codes.shape[0], state.codes.shape[1])
-    rounder = _quantizer(state.scale, *limits, shape, group_size, mask)
-    codes, weight = coordinate_descent(state.codes, state.weight, quadratic, rounder)
-    if group_size is None:
-        scale = lsq_scale(codes, quadratic)
-        scale = np.where(np.isnan(scale), state.scale, scale)
-    else:
-        scale = lsq_group_scales(codes, state.scale, quadratic, group_size)
-    scale = _single(np.maximum(scale, SCALE_FLOOR))
-    rescaled = codes * _spread(scale, group_size, shape[1])
-    before, after = quadratic.error(weight), quadratic.error(rescaled)
-    better = (after < before)[:, None]
-    return _State(codes, np.where(better, scale, state.scale), np.where(better, rescaled, weight), np.minimum(before, after))
-
-
-def _quantizer(
-    scale: Float64s, qmin: int, qmax: int, shape: tuple[int, ...], group_size: int | None, mask: Floats | None
-) -> Rounder:
-    rounder = integer_rounder(scale, qmin, qmax, shape=(shape[0], shape[1]), group_size=group_size)
-    return rounder if mask is None else with_mask(rounder, mask)
-
-
-def _spread(scale: Float64s, group_size: int | None, columns: int) -> Float64s:
-    return scale if group_size is None else np.repeat(scale, group_size, axis=1)[:, :columns]
+def _better(a: _State, b: _State) -> _State:
+    """Row by row the one of less error; `a` of equals."""
+    rows = (a.error <= b.error)[:, None]
+    return _State(
+        np.where(rows, a.codes, b.codes),
+        np.where(rows, a.scale, b.scale),
+        np.where(rows, a.weight, b.weight),
+        np.minimum(a.error, b.error),
+    )
 
 
 def _single(scale: Float64s) -> Float64s:

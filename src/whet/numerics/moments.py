@@ -107,8 +107,8 @@ def merge(a: Moments, b: Moments) -> Moments:
 class Quadratic:
     """The error of each output row as a function of its rounded weight `ŵ`: `ŵᵀ H ŵ − 2 bᵀ ŵ + c`.
 
-    hessian H: (columns, columns), symmetric. linear b: (rows, columns), `E[t x̂ᵀ]` of the wanted outputs t. constant c: (rows,),
-    `E[t²]`.
+    hessian H: (columns, columns), `E[x̂ x̂ᵀ]`. linear b: (rows, columns), `E[t x̂ᵀ]` of the wanted outputs t. constant c: (rows,),
+    `E[t²]`. `reconstruction` makes it for the layer's own outputs; other targets serve as well.
     """
 
     hessian: Float64s
@@ -120,6 +120,23 @@ class Quadratic:
         weight = np.asarray(weight, np.float64)
         parabola = np.einsum("rc,rc->r", weight @ self.hessian - 2 * self.linear, weight)
         return np.asarray(np.maximum(parabola + self.constant, 0.0), np.float64)
+
+    def damped(self, near: Floats, damping: float) -> Quadratic:
+        """The error plus `λ · |ŵ − near|²`: what the data does not tell stays near.
+
+        near: (rows, columns), the float weight. λ is `damping` times the mean diagonal of H.
+        """
+        added = damping * mean_diagonal(self.hessian)
+        exact = np.asarray(near, np.float64)
+        hessian = self.hessian + added * np.eye(self.hessian.shape[0])
+        return Quadratic(hessian, self.linear + added * exact, self.constant + added * np.sum(exact**2, axis=1))
+
+
+def mean_diagonal(hessian: Floats) -> float:
+    """Mean of the positive entries on the diagonal; 1 where none is."""
+    diagonal = np.einsum("ii->i", hessian)
+    alive = diagonal[diagonal > 0]
+    return float(np.mean(alive)) if alive.size else 1.0
 
 
 def reconstruction(weight: Floats, moments: Moments) -> Quadratic:
@@ -133,15 +150,6 @@ def reconstruction(weight: Floats, moments: Moments) -> Quadratic:
     of_outputs = exact @ moments.second
     linear = of_outputs if moments.cross is None else exact @ moments.cross
     return Quadratic(moments.inputs, linear, np.einsum("rc,rc->r", of_outputs, exact))
-
-
-def target_reconstruction(moment: Floats, cross: Floats, second_target: Floats) -> Quadratic:
-    """The quadratic for outputs `t` that are not the layer's own, as where a residual branch shall also mend its shortcut.
-
-    moment: `E[x̂ x̂ᵀ]` (columns, columns). cross: `E[t x̂ᵀ]` (rows, columns). second_target: `E[t²]` (rows,). With a free bias all
-    three are covariances.
-    """
-    return Quadratic(np.asarray(moment, np.float64), np.asarray(cross, np.float64), np.asarray(second_target, np.float64))
 
 
 def _of_block(x: Floats, x_quantized: Floats | None) -> Moments:
