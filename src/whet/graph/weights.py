@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 from whet.errors import SpecError
 from whet.graph.views import WeightView
-from whet.numerics.affine import QParams, qparams
+from whet.numerics.affine import SCALE_FLOOR, QParams, qparams
 from whet.numerics.codebook import Codebook
+from whet.numerics.half_quadratic import half_quadratic
+from whet.numerics.kmeans import kmeans_levels
 from whet.numerics.namespace import numpy_namespace as xp
-from whet.specs.schemes import Granularity, Int, PerChannel, PerGroup, Scheme
+from whet.numerics.scales import search_scale
+from whet.specs.quantization import HQQ, MSE, MinMax
+from whet.specs.schemes import Float, Granularity, Int, KMeans, PerChannel, PerGroup, Scheme
 
+Floats = npt.NDArray[np.float32]
 Layout = tuple[int | None, tuple[int, int] | None]  # the axis and group of a QParams
+CANDIDATES = 64  # ranges that an asymmetric search tries
+LEAST = 0.2  # of the full range
 
 
 def layout_of(view: WeightView, granularity: Granularity) -> Layout:
@@ -23,10 +33,10 @@ def layout_of(view: WeightView, granularity: Granularity) -> Layout:
     ndim = len(view.array.shape)
     if isinstance(granularity, PerGroup) and view.in_axis is not None:
         return view.out_axis % ndim, (view.in_axis % ndim, granularity.size)
-    return (view.out_axis if isinstance(granularity, PerChannel | PerGroup) else None), None
+    return (view.out_axis % ndim if isinstance(granularity, PerChannel | PerGroup) else None), None
 
 
-def reduced(array: npt.NDArray[np.float32], layout: Layout, ufunc: np.ufunc) -> npt.NDArray[np.float32]:
+def reduced(array: Floats, layout: Layout, ufunc: np.ufunc) -> Floats:
     """`ufunc` over the values of each scale, in the shape of the scales: `np.minimum` for the least, `np.add` for sums."""
     axis, group = layout
     if group is not None:
@@ -38,17 +48,105 @@ def reduced(array: npt.NDArray[np.float32], layout: Layout, ufunc: np.ufunc) -> 
     return np.asarray(ufunc.reduce(array, axis=others))
 
 
-def solve_weight(view: WeightView, spec: Scheme) -> QParams | Codebook:
-    """The quantizer of one weight, by its scheme."""
-    if not isinstance(spec, Int):
-        raise SpecError(f"The weight {view.name!r} cannot be stored as {spec!r}.")
-    return uniform(view, spec)
+def by_scale(array: Floats, layout: Layout, solve: Callable[[Floats], tuple[npt.NDArray[Any], ...]]) -> list[npt.NDArray[Any]]:
+    """`solve` on the values of each scale; what it returns, in the shape of the scales.
+
+    solve: rows (R, n), all that share a scale in one row, to arrays of (R,) or (R, k); the latter keep k as a last axis. Rows
+    of the last, shorter groups are solved apart.
+    """
+    axis, group = layout
+    if axis is None:
+        return [part[0] for part in solve(array.reshape(1, -1))]
+    channels = array.shape[axis]
+    if group is None:
+        return [np.asarray(part) for part in solve(np.moveaxis(array, axis, 0).reshape(channels, -1))]
+    along, size = group
+    moved = np.moveaxis(array, (axis, along), (0, 1))
+    whole = moved.shape[1] // size * size
+    parts = []
+    for some, width in ((moved[:, :whole], size), (moved[:, whole:], moved.shape[1] - whole)):
+        if some.size:
+            solved = solve(some.reshape(-1, width * (some[0, 0].size)))
+            parts.append([np.asarray(item).reshape(channels, -1, *np.shape(item)[1:]) for item in solved])
+    joined = [np.concatenate(items, axis=1) for items in zip(*parts, strict=True)]
+    return [_placed(item, array.ndim, axis, along) for item in joined]
 
 
-def uniform(view: WeightView, spec: Int) -> QParams:
-    """Min-max scales of one weight."""
+def _placed(item: npt.NDArray[Any], ndim: int, axis: int, along: int) -> npt.NDArray[Any]:
+    """(channels, groups, …) with these two on their axes of the weight, and 1 on its others."""
+    item = item if axis < along else np.swapaxes(item, 0, 1)
+    shape = [1] * ndim
+    shape[min(axis, along)], shape[max(axis, along)] = item.shape[:2]
+    return item.reshape(*shape, *item.shape[2:])
+
+
+def solve_weight(view: WeightView, spec: Scheme, observer: MinMax | MSE | HQQ | None = None) -> QParams | Codebook:
+    """The quantizer of one weight, by its scheme. `observer` ranges uniform codes; min-max by default.
+
+    Raises:
+        SpecError: HQQ on symmetric codes, whose zero point it cannot choose; a 16-bit float, which is a cast.
+    """
+    if isinstance(spec, Int):
+        return uniform(view, spec, observer)
+    return _codebook(view, spec)
+
+
+def uniform(view: WeightView, spec: Int, observer: MinMax | MSE | HQQ | None = None) -> QParams:
+    """Scales and zero points of one weight: min-max, or of least error."""
     array = np.asarray(view.array, np.float32)
-    axis, group = layout_of(view, spec.granularity)
-    low, high = reduced(array, (axis, group), np.minimum), reduced(array, (axis, group), np.maximum)
+    axis, group = layout = layout_of(view, spec.granularity)
+    low, high = reduced(array, layout, np.minimum), reduced(array, layout, np.maximum)
     scale, zero_point = qparams(low, high, spec, xp=xp)
+    if isinstance(observer, HQQ):
+        scale, zero_point = _half_quadratic(view, array, layout, spec, observer, (scale, zero_point))
+    elif isinstance(observer, MSE):
+        scale, zero_point = by_scale(array, layout, lambda rows: _least_squares(rows, spec))
     return QParams(np.asarray(scale, np.float32), np.asarray(zero_point, np.int32), spec, axis, group)
+
+
+def _least_squares(rows: Floats, spec: Int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Scale and zero point of each row with the least squared error, among ranges from `LEAST` to all of it."""
+    if spec.symmetric:
+        scale = search_scale(rows, spec.qmin, spec.qmax)[:, 0]
+        return scale, np.zeros(len(rows))
+    low, high = rows.min(axis=1), rows.max(axis=1)
+    best, found = np.full(len(rows), np.inf), qparams(low, high, spec, xp=xp)
+    for fraction in np.linspace(LEAST, 1.0, CANDIDATES):
+        scale, zero = qparams(low * np.float32(fraction), high * np.float32(fraction), spec, xp=xp)
+        codes = np.clip(np.round(rows / scale[:, None]) + zero[:, None], spec.qmin, spec.qmax)
+        error = np.sum(np.square((codes - zero[:, None]) * scale[:, None] - rows, dtype=np.float64), axis=1)
+        found = np.where(error < best, scale, found[0]), np.where(error < best, zero, found[1])
+        best = np.minimum(error, best)
+    return found
+
+
+def _half_quadratic(
+    view: WeightView, array: Floats, layout: Layout, spec: Int, observer: HQQ, start: tuple[Any, Any]
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """HQQ's scales and zero points; min-max where its zero point is no code, so that zero stays exact."""
+    if spec.symmetric:
+        raise SpecError(
+            f"The weight {view.name!r}: HQQ chooses zero points, and symmetric codes have none. Write Int({spec.bits}, "
+            "symmetric=False, …), or weight_observer=MSE() for symmetric scales."
+        )
+
+    def solve(rows: Floats) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        found = half_quadratic(rows, spec.bits, power=observer.p, iterations=observer.steps, integer_zero_point=True)
+        return found.scale[:, 0], found.zero_point[:, 0]
+
+    scale, zero = by_scale(array, layout, solve)
+    usable = (zero >= spec.qmin) & (zero <= spec.qmax) & np.isfinite(scale) & (scale >= SCALE_FLOOR)
+    return np.where(usable, scale, start[0]), np.where(usable, zero, start[1])
+
+
+def _codebook(view: WeightView, spec: Scheme) -> Codebook:
+    """Levels of one weight. Pruned weights keep a level of exactly zero."""
+    array = np.asarray(view.array, np.float32)
+    if isinstance(spec, Float):
+        raise SpecError(f"The weight {view.name!r} is cast to {spec.dtype}, it has no levels.")
+    axis, group = layout = layout_of(view, spec.granularity)
+    if isinstance(spec, KMeans):
+        keep_zero = bool(np.any(array == 0))
+        (levels,) = by_scale(array, layout, lambda rows: (kmeans_levels(rows, 1 << spec.bits, keep_zero=keep_zero),))
+        return Codebook(levels.astype(np.float32), np.ones(levels.shape[:-1], np.float32), spec, axis, group)
+    raise SpecError(f"The weight {view.name!r} cannot be stored as {spec!r}.")
