@@ -18,26 +18,40 @@ from whet.numerics.losses import soft_targets
 from whet.numerics.metrics import accuracy
 from whet.specs import (
     AWQ,
+    ERK,
     GPTQ,
     HQQ,
     MSE,
     NF4,
+    NM,
     QAT,
     TARGETS,
     Adaptive,
     AdaRound,
+    BatchNormScale,
     BiasCorrection,
+    Block,
     Budget,
+    Channel,
+    Cosine,
     CrossLayer,
     Cubic,
     Distill,
     Dynamic,
     EarlyStopping,
     Entropy,
+    Exponential,
+    Fisher,
     Float,
+    GeometricMedian,
     Global,
+    Head,
     Int,
+    Isomorphic,
+    Iterative,
     KMeans,
+    Linear,
+    Magnitude,
     Metric,
     MovingAverage,
     Nearest,
@@ -50,12 +64,16 @@ from whet.specs import (
     PowerOfTwo,
     Prune,
     Quantize,
+    Random,
     Recipe,
     SmoothQuant,
     SoftTargets,
     Target,
+    Taylor,
     Train,
     Uniform,
+    UserCriterion,
+    Weight,
     find_target,
     from_dict,
     to_dict,
@@ -74,12 +92,30 @@ ints = st.builds(
 prunes = st.builds(
     Prune,
     fractions,
-    allocation=st.sampled_from([Uniform(), Global()]),
+    granularity=st.sampled_from([Weight(), Block(4, 2)]),
+    criterion=st.sampled_from(
+        [Magnitude(), Magnitude(p=1), Random(seed=3), Taylor(batches=2), Fisher(), UserCriterion(accuracy)]
+    ),
+    allocation=st.sampled_from([Uniform(), Global(), ERK()]),
     schedule=st.one_of(
-        st.just(OneShot()), st.builds(Cubic, begin=st.floats(0, 0.4), end=st.floats(0.5, 1), frequency=st.integers(1, 99))
+        st.sampled_from([Linear(), Cosine(end=0.9), Exponential(), Iterative(rounds=3)]),
+        st.just(OneShot()),
+        st.builds(Cubic, begin=st.floats(0, 0.4), end=st.floats(0.5, 1), frequency=st.integers(1, 99)),
     ),
     keep=patterns,
     include=st.one_of(st.none(), patterns),
+)
+removals = st.one_of(
+    st.builds(Prune, fractions, granularity=st.sampled_from([Channel(), Head()]), round_to=st.integers(1, 16)),
+    st.builds(
+        Prune,
+        macs=st.floats(0.1, 1e9),
+        granularity=st.just(Channel()),
+        criterion=st.sampled_from([BatchNormScale(), GeometricMedian()]),
+        allocation=st.sampled_from([Uniform(), Global(), Isomorphic()]),
+        rebuild=st.sampled_from([None, "graph"]),
+    ),
+    st.builds(Prune, granularity=st.builds(NM, st.integers(1, 3), st.integers(4, 8))),
 )
 distills = st.builds(
     Distill, st.lists(st.builds(SoftTargets, positive), min_size=1, max_size=2), student_weight=st.floats(0, 1)
@@ -132,6 +168,7 @@ budgets = st.builds(
 @given(
     st.one_of(
         prunes,
+        removals,
         distills,
         trains,
         quantizes,
@@ -169,7 +206,9 @@ def test_every_spec_class_is_registered_frozen_and_copies() -> None:
     examples = [Prune(0.5), Quantize(), Distill(), Train(), Budget(), Metric(accuracy), Float("float16"), Recipe([Prune(0.5)])]
     for name, cls in _SPECS.items():
         assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen, name
-        assert not hasattr(cls(), "__dict__") if name not in {"Prune", "Float", "Recipe", "Metric"} else True, name
+        assert (
+            not hasattr(cls(), "__dict__") if name not in {"Prune", "Float", "Recipe", "Metric", "UserCriterion"} else True
+        ), name
     for spec in examples:
         assert copy.deepcopy(spec) == spec == pickle.loads(pickle.dumps(spec))
         with pytest.raises(dataclasses.FrozenInstanceError):
@@ -200,10 +239,25 @@ REFUSED = [
     (lambda: Prune(True), "must be a number"),
     (lambda: Prune("5e-1"), r"got '5e-1'. That is text; YAML needs a dot and a sign in the exponent: 0.5"),
     (lambda: Prune("half"), r"got 'half'\.$"),
-    (lambda: Prune(0.5, schedule="cubic"), "Prune.schedule must be one of: OneShot, Cubic; got 'cubic'"),
+    (lambda: Prune(0.5, schedule="cubic"), "Prune.schedule must be one of: OneShot, Linear, Cubic, Cosine, Exponential, Iterative; got 'cubic'"),
     (lambda: Prune(0.5, schedule=Cubic), "Prune.schedule must be one of"),
     (lambda: Prune(0.5, keep=3), "Prune.keep must be a tuple of layer names"),
     (lambda: Prune(0.3, schedule=Cubic(initial=0.5)), "Cubic.initial must be at most sparsity=0.3, got 0.5"),
+    (lambda: Prune(), "Prune needs a value for 'sparsity', or a budget: macs=, parameters= or bytes="),
+    (lambda: Prune(0.5, macs=0.5), "takes one of sparsity=, macs=, parameters=, bytes=; got sparsity, macs"),
+    (lambda: Prune(macs=0.5), r"met by real removal: write granularity=Channel\(\)"),
+    (lambda: Prune(macs=0, granularity=Channel()), r"Prune.macs must be in \(0"),
+    (lambda: Prune(0.5, granularity=NM()), r"NM\(2, 4\) says how much is removed; leave out sparsity="),
+    (lambda: NM(4, 4), r"NM.n must be an integer in \[1, 3\], got 4"),
+    (lambda: Block(0), "Block.rows must be an integer of at least 1"),
+    (lambda: Prune(0.5, granularity=Channel(), allocation=ERK()), "ERK distributes masks"),
+    (lambda: Prune(0.5, allocation=Isomorphic()), "Isomorphic ranks channels"),
+    (lambda: Prune(0.5, granularity=Channel(), schedule=Cubic()), "are removed at once: leave schedule= out"),
+    (lambda: Prune(0.5, criterion=BatchNormScale()), r"ranks channels: write granularity=Channel\(\)"),
+    (lambda: Prune(0.5, rebuild="graph"), "rebuild is for Channel"),
+    (lambda: Prune(0.5, granularity=Channel(), rebuild="fx"), "must be None or 'graph'"),
+    (lambda: Iterative(rounds=0), "Iterative.rounds must be"),
+    (lambda: UserCriterion("l1"), "must be a function of"),
     (lambda: Cubic(begin=0.5, end=0.5), "Cubic.end must be greater than begin=0.5"),
     (lambda: Cubic(frequency=0), "an integer of at least 1, got 0"),
     (lambda: Int(1), r"Int.bits must be an integer in \[2, 16\], got 1"),
@@ -258,7 +312,10 @@ def test_refused_with_a_message_that_helps(make, message) -> None:
 
 PLAIN = [
     ({"Prun": {"sparsity": 0.5}}, "Unknown spec 'Prun'. Known: .*Prune"),
-    ({"Prune": {"sparsity": 0.5, "ratio": 1}}, "Prune has no field 'ratio'. Its fields: sparsity, granularity"),
+    (
+        {"Prune": {"sparsity": 0.5, "ratio": 1}},
+        "Prune has no field 'ratio'. Its fields: sparsity, macs, parameters, bytes, granularity",
+    ),
     ({"Prune": {}}, "Prune needs a value for 'sparsity'"),
     ({"Prune": None}, "Prune needs a value for 'sparsity'"),
     ({"Prune": 0.5}, "Prune must be followed by its fields as a mapping, got 0.5"),

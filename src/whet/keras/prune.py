@@ -13,13 +13,13 @@ from whet.errors import ModelError, SpecError
 from whet.graph.placement import selected, unmatched
 from whet.graph.views import Masks
 from whet.keras.views import Kernel, kernels, to_numpy, unpruned, walk
-from whet.numerics.criteria import magnitude
+from whet.numerics.criteria import random_scores, weight_importance
 from whet.numerics.histograms import Histogram, histogram
-from whet.numerics.masks import masks_for, most_removed
+from whet.numerics.masks import most_removed, patterned, unfit
 from whet.numerics.namespace import numpy_namespace as xp
 from whet.numerics.schedules import Ramp, lay
 from whet.records import Step
-from whet.specs import OneShot, Prune, from_dict, to_dict
+from whet.specs import OneShot, Prune, Random, from_dict, to_dict
 from whet.specs.base import check_integer
 
 
@@ -34,7 +34,7 @@ def prune(model: Any, spec: Prune, *, masks: Masks) -> tuple[Masks, Step]:
         raise SpecError("A Cubic schedule needs training: write Train(apply=[Prune(…, schedule=Cubic())]).")
     started = time.perf_counter()
     masker = Masker(model, spec, masks)
-    masker.renew(spec.sparsity)
+    masker.renew(spec.fraction)
     step = Step(to_dict(spec), masker.changed(), masker.skipped, time.perf_counter() - started, unmatched=masker.unmatched)
     return masker.masks(), step
 
@@ -83,6 +83,8 @@ class Masker:
             if reason is None and np.prod(kernel.variable.shape) < 2:
                 reason = "a single weight is never removed"
             if reason is None:
+                reason = unfit(tuple(kernel.variable.shape), (kernel.out_axis, kernel.in_axis), spec.granularity)
+            if reason is None:
                 chosen.append(kernel)
             else:
                 skipped.append((kernel.layer, reason))
@@ -94,8 +96,8 @@ class Masker:
             self._nothing("")
         sizes = [int(np.prod(kernel.variable.shape)) for kernel in self._chosen]
         gone = [int(self._removed[kernel.name].sum()) if kernel.name in self._removed else 0 for kernel in self._chosen]
-        if most_removed(sizes, gone, spec.sparsity, spec.allocation) == 0:
-            self._nothing(f"sparsity {spec.sparsity:g} is reached already, or removes less than one weight of any layer")
+        if most_removed(sizes, gone, spec.fraction, spec.allocation, spec.granularity) == 0:
+            self._nothing(f"sparsity {spec.fraction:g} is reached already, or removes less than one weight of any layer")
         self._before = {kernel.name: histogram(_array(kernel)) for kernel in chosen}
 
     def _nothing(self, why: str) -> None:
@@ -110,14 +112,19 @@ class Masker:
         """Remove the fraction `sparsity` of the chosen weights; what is removed already counts and stays removed."""
         if self._spec is None:
             return
-        scores = [self._scores(kernel) for kernel in self._chosen]
-        for kernel, mask in zip(self._chosen, masks_for(scores, sparsity, self._spec.allocation, xp=xp), strict=True):
+        scores = [self._scores(kernel, i, self._spec.criterion) for i, kernel in enumerate(self._chosen)]
+        axes = [(kernel.out_axis, kernel.in_axis) for kernel in self._chosen]
+        for kernel, mask in zip(self._chosen, patterned(scores, axes, self._spec, sparsity, xp=xp), strict=True):
             old = self._removed.get(kernel.name)
             self._set(kernel.name, mask == 0 if old is None else (mask == 0) | old)
         self.hold()
 
-    def _scores(self, kernel: Kernel) -> Any:
-        scores = magnitude(to_numpy(kernel.variable).astype(np.float32), xp=xp)
+    def _scores(self, kernel: Kernel, index: int, criterion: Any) -> Any:
+        weight = to_numpy(kernel.variable).astype(np.float32)
+        if isinstance(criterion, Random):
+            scores = random_scores(criterion.seed, index, weight.shape).astype(np.float32)
+        else:
+            scores = weight_importance(criterion, weight, None, xp=xp)
         old = self._removed.get(kernel.name)
         return scores if old is None else np.where(old, np.float32(-np.inf), scores)
 

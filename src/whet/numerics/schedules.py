@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from whet.errors import SpecError
-from whet.specs.pruning import Cubic, OneShot, Prune
+from whet.specs.pruning import Cosine, Cubic, Exponential, Iterative, Linear, OneShot, Prune, Ramped
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,18 +19,14 @@ class Ramp:
     frequency: int
 
     def sparsity(self, step: int) -> float:
-        """The sparsity in force at `step`, counted from 0.
-
-        Cubic: `s_f + (s_i - s_f) * (1 - t)^3` (Zhu & Gupta 2017, arXiv:1710.01878, eq. 1), held between renewals.
-        """
-        final = self.spec.sparsity
-        if step >= self.end or isinstance(self.spec.schedule, OneShot):
+        """The sparsity in force at `step`, counted from 0, held between renewals."""
+        final = self.spec.fraction
+        if step >= self.end or not isinstance(self.spec.schedule, Ramped):
             return final
         if step < self.begin:
             return 0.0
         held = self.begin + (step - self.begin) // self.frequency * self.frequency
-        progress = (held - self.begin) / (self.end - self.begin)
-        return final + (self.spec.schedule.initial - final) * (1 - progress) ** 3
+        return ramp(self.spec.schedule, final, (held - self.begin) / (self.end - self.begin))
 
     def renews(self, step: int) -> bool:
         """Whether the masks are recomputed before `step`."""
@@ -43,20 +40,44 @@ class Ramp:
         return step >= self.end or isinstance(self.spec.schedule, OneShot)
 
 
+def ramp(schedule: Ramped, final: float, progress: float) -> float:
+    """The sparsity after the fraction `progress` of the ramp; the formula of each is in its spec's docstring."""
+    start, left = schedule.initial, 1 - progress
+    match schedule:
+        case Linear():
+            return start + (final - start) * progress
+        case Cubic():
+            return final + (start - final) * left**3
+        case Cosine():
+            return final + (start - final) * (1 + math.cos(math.pi * progress)) / 2
+        case Exponential() | Iterative():
+            return float(1 - (1 - start) ** left * (1 - final) ** progress)
+    raise SpecError(f"The schedule {schedule!r} has no formula. Take Linear, Cubic, Cosine, Exponential or Iterative.")
+
+
 def lay(spec: Prune, steps: int) -> Ramp:
     """The schedule of `spec` on `steps` training steps.
 
     Raises:
         SpecError: training is too short for the ramp to reach its target and be trained at it.
     """
-    if isinstance(spec.schedule, OneShot):
+    schedule = spec.schedule
+    if isinstance(schedule, OneShot):
         return Ramp(spec, 0, 0, 1)
-    schedule: Cubic = spec.schedule
     begin, end = round(schedule.begin * steps), round(schedule.end * steps)
     end = min(end, steps - 1)  # the renewal at `end` happens before that step, so it must be a step that runs
-    if end - begin < schedule.frequency:
+    frequency = schedule.frequency
+    if isinstance(schedule, Iterative):
+        frequency = max((end - begin) // schedule.rounds, 1)
+        if end - begin < schedule.rounds:
+            raise SpecError(
+                f"The pruning schedule cannot go {schedule.rounds} rounds: it has {max(end - begin, 0)} of {steps} training "
+                "steps. Train longer, raise Iterative.end or lower Iterative.rounds."
+            )
+    elif end - begin < frequency:
+        name = type(schedule).__name__
         raise SpecError(
-            f"The pruning schedule cannot ramp to sparsity {spec.sparsity:g}: it has {max(end - begin, 0)} of {steps} training "
-            f"steps, and renews its masks every {schedule.frequency}. Train longer, raise Cubic.end or lower Cubic.frequency."
+            f"The pruning schedule cannot ramp to sparsity {spec.fraction:g}: it has {max(end - begin, 0)} of {steps} training "
+            f"steps, and renews its masks every {frequency}. Train longer, raise {name}.end or lower {name}.frequency."
         )
-    return Ramp(spec, begin, end, schedule.frequency)
+    return Ramp(spec, begin, end, frequency)

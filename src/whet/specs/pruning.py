@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
 
 from whet.errors import SpecError
 from whet.specs.base import check_integer, check_number, check_type, name_patterns, spec
+
+# --- what is removed
 
 
 @spec
@@ -16,8 +20,123 @@ class Weight:
 
 @spec
 @dataclass(frozen=True, slots=True)
+class NM:
+    """Of every `m` weights in a row along the input axis, `n` are kept (Mishra et al. 2021, arXiv:2104.08378)."""
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        check_integer("NM.m", self.m, low=2, high=64)
+        check_integer("NM.n", self.n, low=1, high=self.m - 1)
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Blocks of `rows` (outputs) × `columns` (inputs) weights are removed together."""
+
+    rows: int = 4
+    columns: int = 1
+
+    def __post_init__(self) -> None:
+        check_integer("Block.rows", self.rows, low=1)
+        check_integer("Block.columns", self.columns, low=1)
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """Whole channels, neurons and features leave: tensors become smaller."""
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Whole attention heads leave: tensors become smaller."""
+
+
+MASKED, REMOVED = (Weight, NM, Block), (Channel, Head)
+
+# --- which go first
+
+
+@spec
+@dataclass(frozen=True, slots=True)
 class Magnitude:
-    """The smallest absolute values go first (Han et al. 2015, arXiv:1506.02626)."""
+    """The smallest absolute values go first (Han et al. 2015, arXiv:1506.02626). Channels: the smallest Lp norm."""
+
+    _: KW_ONLY
+    p: int = 2
+
+    def __post_init__(self) -> None:
+        check_integer("Magnitude.p", self.p, low=1, high=2)
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class Random:
+    """Drawn by chance: the baseline that every criterion must beat."""
+
+    _: KW_ONLY
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_integer("Random.seed", self.seed, low=0)
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class BatchNormScale:
+    """Channels with the smallest batch-norm scale go first (Liu et al. 2017, arXiv:1708.06519)."""
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class GeometricMedian:
+    """Filters nearest to all others go first: these can replace them (He et al. 2019, arXiv:1811.00250)."""
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class Taylor:
+    """`|w · ∂L/∂w|`, the first-order change of the loss (Molchanov et al. 2019, arXiv:1906.10771). Needs data."""
+
+    _: KW_ONLY
+    batches: int = 8
+
+    def __post_init__(self) -> None:
+        check_integer("Taylor.batches", self.batches, low=1)
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class Fisher:
+    """`½ w² E[(∂L/∂w)²]`, the diagonal second-order change of the loss (LeCun et al. 1989, OBD). Needs data."""
+
+    _: KW_ONLY
+    batches: int = 8
+
+    def __post_init__(self) -> None:
+        check_integer("Fisher.batches", self.batches, low=1)
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class UserCriterion:
+    """`fn(weight, gradient)` returns an importance for each weight, of its shape; `gradient` is None without data."""
+
+    fn: Callable[..., Any]
+
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise SpecError(f"UserCriterion.fn must be a function of (weight, gradient), got {self.fn!r}.")
+
+
+Criterion = Magnitude | Random | BatchNormScale | GeometricMedian | Taylor | Fisher | UserCriterion
+_CRITERIA = (Magnitude, Random, BatchNormScale, GeometricMedian, Taylor, Fisher, UserCriterion)
+
+# --- how much where
 
 
 @spec
@@ -34,17 +153,24 @@ class Global:
 
 @spec
 @dataclass(frozen=True, slots=True)
-class OneShot:
-    """The whole sparsity at once, before the first training step."""
+class ERK:
+    """Erdős-Rényi kernel: a layer keeps `∝ (Σ sizes) / (Π sizes)` of its weights (Evci et al. 2020, arXiv:1911.11134)."""
 
 
 @spec
 @dataclass(frozen=True, slots=True)
-class Cubic:
-    """`s(t) = s_f + (s_i - s_f) * (1 - t)^3` for `t` from 0 to 1 (Zhu & Gupta 2017, arXiv:1710.01878, eq. 1).
+class Isomorphic:
+    """Channels are ranked together with those of layers built alike (Fang et al. 2024, arXiv:2407.04616)."""
 
-    `begin` and `end` are fractions of the training steps; the masks are renewed every `frequency` steps and at the end
-    of the ramp, then stay.
+
+# --- when
+
+
+@dataclass(frozen=True, slots=True)
+class Ramped:
+    """A sparsity that rises from `initial` over the steps from `begin` to `end`, both fractions of the training steps.
+
+    The masks are renewed every `frequency` steps and at the end of the ramp, then stay.
     """
 
     _: KW_ONLY
@@ -54,36 +180,154 @@ class Cubic:
     frequency: int = 10
 
     def __post_init__(self) -> None:
-        check_number("Cubic.initial", self.initial, low=0, high=1, open_high=True)
-        check_number("Cubic.begin", self.begin, low=0, high=1, open_high=True)
-        check_number("Cubic.end", self.end, low=0, high=1, open_low=True)
-        check_integer("Cubic.frequency", self.frequency, low=1)
+        name = type(self).__name__
+        check_number(f"{name}.initial", self.initial, low=0, high=1, open_high=True)
+        check_number(f"{name}.begin", self.begin, low=0, high=1, open_high=True)
+        check_number(f"{name}.end", self.end, low=0, high=1, open_low=True)
+        check_integer(f"{name}.frequency", self.frequency, low=1)
         if self.end <= self.begin:
-            raise SpecError(f"Cubic.end must be greater than begin={self.begin:g}, got {self.end:g}.")
+            raise SpecError(f"{name}.end must be greater than begin={self.begin:g}, got {self.end:g}.")
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class OneShot:
+    """The whole sparsity at once, before the first training step."""
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class Linear(Ramped):
+    """`s(t) = s_i + (s_f - s_i) · t` for `t` from 0 to 1."""
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class Cubic(Ramped):
+    """`s(t) = s_f + (s_i - s_f) · (1 - t)³` for `t` from 0 to 1 (Zhu & Gupta 2017, arXiv:1710.01878, eq. 1)."""
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class Cosine(Ramped):
+    """`s(t) = s_f + (s_i - s_f) · (1 + cos πt) / 2` for `t` from 0 to 1."""
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class Exponential(Ramped):
+    """`1 - s(t) = (1 - s_i)^(1-t) · (1 - s_f)^t`: the same fraction of what is left goes at every renewal."""
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class Iterative(Ramped):
+    """Exponential in `rounds` equal rounds with training to recover in between (Han et al. 2015; Frankle & Carbin 2019)."""
+
+    _: KW_ONLY
+    rounds: int = 5
+
+    def __post_init__(self) -> None:
+        Ramped.__post_init__(self)
+        check_integer("Iterative.rounds", self.rounds, low=1)
+
+
+Schedule = OneShot | Linear | Cubic | Cosine | Exponential | Iterative
 
 
 @spec
 @dataclass(frozen=True, slots=True)
 class Prune:
-    """Set the least important weights to zero, and keep them there."""
+    """Remove the least important part of a model.
 
-    sparsity: float
+    Masked (`Weight`, `NM`, `Block`): set to zero, and kept there. Removed (`Channel`, `Head`): tensors become smaller.
+
+    sparsity: the fraction removed. For removal a budget may stand in its place: macs, parameters, bytes, what is left at most,
+    a fraction of the original below 1, else a count. round_to: how many channels are left is a multiple of it, as far as that
+    leaves any. rebuild: None keeps the model's class; "graph" gives a torch.fx.GraphModule, in which sizes that the
+    model's own code fixes can change too.
+    """
+
+    sparsity: float | None = None
     _: KW_ONLY
-    granularity: Weight = field(default_factory=Weight)
-    criterion: Magnitude = field(default_factory=Magnitude)
-    allocation: Uniform | Global = field(default_factory=Uniform)
-    schedule: OneShot | Cubic = field(default_factory=OneShot)
+    macs: float | None = None
+    parameters: float | None = None
+    bytes: float | None = None
+    granularity: Weight | NM | Block | Channel | Head = field(default_factory=Weight)
+    criterion: Criterion = field(default_factory=Magnitude)
+    allocation: Uniform | Global | ERK | Isomorphic = field(default_factory=Uniform)
+    schedule: Schedule = field(default_factory=OneShot)
     keep: tuple[str, ...] = ()
     include: tuple[str, ...] | None = None
+    round_to: int = 8
+    rebuild: str | None = None
 
     def __post_init__(self) -> None:
-        check_number("Prune.sparsity", self.sparsity, low=0, high=1, open_high=True)
-        check_type("Prune.granularity", self.granularity, Weight)
-        check_type("Prune.criterion", self.criterion, Magnitude)
-        check_type("Prune.allocation", self.allocation, Uniform, Global)
-        check_type("Prune.schedule", self.schedule, OneShot, Cubic)
+        self._check_amount()
+        check_type("Prune.granularity", self.granularity, *MASKED, *REMOVED)
+        check_type("Prune.criterion", self.criterion, *_CRITERIA)
+        check_type("Prune.allocation", self.allocation, Uniform, Global, ERK, Isomorphic)
+        check_type("Prune.schedule", self.schedule, OneShot, Linear, Cubic, Cosine, Exponential, Iterative)
+        check_integer("Prune.round_to", self.round_to, low=1)
         object.__setattr__(self, "keep", name_patterns("Prune.keep", self.keep))
         if self.include is not None:
             object.__setattr__(self, "include", name_patterns("Prune.include", self.include))
-        if isinstance(self.schedule, Cubic) and self.schedule.initial > self.sparsity:
-            raise SpecError(f"Cubic.initial must be at most sparsity={self.sparsity:g}, got {self.schedule.initial:g}.")
+        if self.rebuild not in (None, "graph"):
+            raise SpecError(f"Prune.rebuild must be None or 'graph', got {self.rebuild!r}.")
+        if isinstance(self.schedule, Ramped) and self.schedule.initial > self.fraction:
+            name = type(self.schedule).__name__
+            raise SpecError(f"{name}.initial must be at most sparsity={self.fraction:g}, got {self.schedule.initial:g}.")
+        self._check_pairs()
+
+    def _check_amount(self) -> None:
+        given = [name for name in ("sparsity", "macs", "parameters", "bytes") if getattr(self, name) is not None]
+        if isinstance(self.granularity, NM):
+            if given:
+                raise SpecError(
+                    f"NM({self.granularity.n}, {self.granularity.m}) says how much is removed; leave out {given[0]}=."
+                )
+            return
+        if not given:
+            raise SpecError("Prune needs a value for 'sparsity', or a budget: macs=, parameters= or bytes=.")
+        if len(given) > 1:
+            raise SpecError(f"Prune takes one of sparsity=, macs=, parameters=, bytes=; got {', '.join(given)}.")
+        if self.sparsity is not None:
+            check_number("Prune.sparsity", self.sparsity, low=0, high=1, open_high=True)
+            return
+        check_number(f"Prune.{given[0]}", getattr(self, given[0]), low=0, high=float(2**63), open_low=True)
+        if not isinstance(self.granularity, REMOVED):
+            raise SpecError(
+                f"Prune({given[0]}=…) is met by real removal: write granularity=Channel(). A mask takes sparsity=; it makes no "
+                "tensor smaller."
+            )
+
+    def _check_pairs(self) -> None:
+        """Refuse what has no meaning together."""
+        removes = isinstance(self.granularity, REMOVED)
+        if removes and isinstance(self.allocation, ERK):
+            raise SpecError("ERK distributes masks; for Channel() and Head() take Uniform(), Global() or Isomorphic().")
+        if not removes and isinstance(self.allocation, Isomorphic):
+            raise SpecError("Isomorphic ranks channels; for masks take Uniform(), Global() or ERK().")
+        if removes and not isinstance(self.schedule, OneShot):
+            raise SpecError(
+                "Channel() and Head() are removed at once: leave schedule= out, then train what is left; "
+                "Recipe([Prune(…), Train(…)])."
+            )
+        if not removes and isinstance(self.criterion, BatchNormScale | GeometricMedian):
+            raise SpecError(
+                f"{type(self.criterion).__name__} ranks channels: write granularity=Channel(), or take Magnitude()."
+            )
+        if self.rebuild is not None and not removes:
+            raise SpecError("Prune.rebuild is for Channel() and Head(); masks change no code.")
+
+    @property
+    def fraction(self) -> float:
+        """The sparsity: as given, or of the n:m pattern; 0 where a budget decides."""
+        if isinstance(self.granularity, NM):
+            return 1 - self.granularity.n / self.granularity.m
+        return 0.0 if self.sparsity is None else self.sparsity
+
+    @property
+    def removes(self) -> bool:
+        """Whether tensors become smaller."""
+        return isinstance(self.granularity, REMOVED)

@@ -10,7 +10,7 @@ import yaml
 
 from whet.errors import SpecError
 from whet.specs.base import check_type, from_dict, spec, to_dict
-from whet.specs.pruning import Cubic, Prune
+from whet.specs.pruning import Prune, Ramped
 from whet.specs.quantization import Quantize
 from whet.specs.training import Train
 
@@ -30,8 +30,9 @@ class Recipe:
             raise SpecError("Recipe needs at least one step: Train(…), Prune(…) or Quantize(…).")
         for step in steps:
             check_type("Recipe step", step, Train, Prune, Quantize)
-            if isinstance(step, Prune) and isinstance(step.schedule, Cubic):
-                raise SpecError("A Cubic schedule needs training: write Train(apply=[Prune(…, schedule=Cubic())]).")
+            if isinstance(step, Prune) and isinstance(step.schedule, Ramped):
+                name = type(step.schedule).__name__
+                raise SpecError(f"A {name} schedule needs training: write Train(apply=[Prune(…, schedule={name}())]).")
         for step in steps[:-1]:
             if isinstance(step, Quantize):
                 raise SpecError("Quantize must be the last step of a Recipe: what follows would change the quantized weights.")

@@ -12,12 +12,12 @@ import torch
 from whet.errors import ModelError, SpecError
 from whet.graph.placement import selected, unmatched
 from whet.graph.views import Masks, WeightView
-from whet.numerics.criteria import magnitude
+from whet.numerics.criteria import random_scores, weight_importance
 from whet.numerics.histograms import Histogram, histogram
-from whet.numerics.masks import masks_for, most_removed
+from whet.numerics.masks import most_removed, patterned, unfit
 from whet.numerics.schedules import Ramp, lay
 from whet.records import Step
-from whet.specs import OneShot, Prune, from_dict, to_dict
+from whet.specs import Fisher, OneShot, Prune, Random, from_dict, to_dict
 from whet.specs.base import check_integer
 from whet.torch.namespace import xp
 from whet.torch.views import weight_views
@@ -34,7 +34,7 @@ def prune(model: Any, spec: Prune, *, masks: Masks) -> tuple[Masks, Step]:
         raise SpecError("A Cubic schedule needs training: write Train(apply=[Prune(…, schedule=Cubic())]).")
     started = time.perf_counter()
     masker = Masker(model, spec, masks)
-    masker.renew(spec.sparsity)
+    masker.renew(spec.fraction)
     step = Step(to_dict(spec), masker.changed(), masker.skipped, time.perf_counter() - started, unmatched=masker.unmatched)
     return masker.masks(), step
 
@@ -81,6 +81,8 @@ class Masker:
             if reason is None and view.array.numel() < 2:
                 reason = "a single weight is never removed"
             if reason is None:
+                reason = unfit(tuple(view.array.shape), (view.out_axis, view.in_axis), spec.granularity)
+            if reason is None:
                 chosen.append(view)
             else:
                 skipped.append((view.layer, reason))
@@ -92,8 +94,8 @@ class Masker:
             self._nothing("")
         sizes = [view.array.numel() for view in self._views]
         gone = [int(self._removed[view.name].sum()) if view.name in self._removed else 0 for view in self._views]
-        if most_removed(sizes, gone, spec.sparsity, spec.allocation) == 0:
-            self._nothing(f"sparsity {spec.sparsity:g} is reached already, or removes less than one weight of any layer")
+        if most_removed(sizes, gone, spec.fraction, spec.allocation, spec.granularity) == 0:
+            self._nothing(f"sparsity {spec.fraction:g} is reached already, or removes less than one weight of any layer")
         self._before = {view.name: histogram(_array(view.array)) for view in chosen}
 
     def _nothing(self, why: str) -> None:
@@ -108,15 +110,24 @@ class Masker:
         """Remove the fraction `sparsity` of the chosen weights; what is removed already counts and stays removed."""
         if self._spec is None:
             return
-        scores = [self._scores(view) for view in self._views]
-        for view, mask in zip(self._views, masks_for(scores, sparsity, self._spec.allocation, xp=xp), strict=True):
+        scores = [self._scores(view, i, self._spec.criterion) for i, view in enumerate(self._views)]
+        axes = [(view.out_axis, view.in_axis) for view in self._views]
+        for view, mask in zip(self._views, patterned(scores, axes, self._spec, sparsity, xp=xp), strict=True):
             old = self._removed.get(view.name)
             self._removed[view.name] = mask == 0 if old is None else (mask == 0) | old.to(mask.device)
         self.hold()
 
-    def _scores(self, view: WeightView) -> Any:
+    def _scores(self, view: WeightView, index: int, criterion: Any) -> Any:
         weight = view.array.detach()
-        scores = magnitude(weight if weight.dtype == torch.float64 else weight.float(), xp=xp).float()
+        weight = weight if weight.dtype == torch.float64 else weight.float()
+        if isinstance(criterion, Random):
+            scores = torch.from_numpy(random_scores(criterion.seed, index, weight.shape)).to(weight.device).float()
+        else:
+            gradient = view.array.grad
+            gradient = gradient if gradient is None else gradient.detach().to(weight.dtype)
+            if isinstance(criterion, Fisher) and gradient is not None:
+                gradient = gradient**2
+            scores = weight_importance(criterion, weight, gradient, xp=xp).float()
         old = self._removed.get(view.name)
         return scores if old is None else scores.masked_fill(old.to(scores.device), -torch.inf)
 
