@@ -13,6 +13,7 @@ import numpy as np
 
 from whet.numerics.affine import fake_quantize, qparams, quantize
 from whet.numerics.criteria import magnitude
+from whet.numerics.levels import float8_e4m3_levels, level_values, nearest_level, nf4_levels
 from whet.numerics.losses import soft_targets
 from whet.numerics.masks import mask_lowest, masks_for
 from whet.numerics.observers import channel_range, observe_minmax
@@ -60,6 +61,12 @@ def compute(xp: Any, make: Callable[[np.ndarray], Any], back: Callable[[Any], np
         found[f"exact scale {name}"], found[f"exact zero point {name}"] = scale, zero
         found[f"exact codes {name}"] = quantize(x, scale, zero, spec, xp=xp)
         found[f"exact fake {name}"] = fake_quantize(x, scale, zero, spec, xp=xp)
+    for name, table in (("nf4", nf4_levels()), ("float8", float8_e4m3_levels())):
+        found[f"exact level codes {name}"] = codes = nearest_level(x, make(table), xp=xp)
+        found[f"exact levels {name}"] = level_values(codes, make(table), xp=xp)
+        rows, tables = make(values()[:600].reshape(6, 100)), make(np.stack([table * np.float32(i + 1) for i in range(6)]))
+        found[f"exact level codes of rows {name}"] = codes = nearest_level(rows, tables, xp=xp)
+        found[f"exact levels of rows {name}"] = level_values(codes, tables, xp=xp)
     found |= _ranges(xp, make)
     scores = [make(s) for s in tied_scores()]
     for sparsity in (0.0, 0.5, 0.8, 0.999):

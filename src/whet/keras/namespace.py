@@ -57,6 +57,17 @@ class KerasNamespace:
         return ops.argsort(x)
 
     @staticmethod
+    def searchsorted(ordered: Array, x: Array, side: str = "left") -> Array:
+        """For each of `x`, of any shape, how many of the flat, ascending `ordered` lie below ("right": not above): int32."""
+        found = ops.searchsorted(ordered, ops.reshape(x, (-1,)), side=side)
+        return ops.cast(ops.reshape(found, ops.shape(x)), "int32")
+
+    @staticmethod
+    def take(table: Array, index: Array) -> Array:
+        """The elements of the flat `table` at `index`, in its shape."""
+        return ops.take(table, index, axis=0)
+
+    @staticmethod
     def positions(x: Array) -> Array:
         """0, 1, 2, … for the elements of the flat array `x`, as int32 like every backend's `argsort`."""
         return ops.arange(x.shape[0], dtype="int32")

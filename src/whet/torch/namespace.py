@@ -78,6 +78,16 @@ class TorchNamespace:
         return torch.arange(x.shape[0], device=x.device)
 
     @staticmethod
+    def searchsorted(ordered: Array, x: Array, side: str = "left") -> Array:
+        """For each of `x`, of any shape, how many of the flat, ascending `ordered` lie below ("right": not above): int32."""
+        return torch.searchsorted(ordered, x.contiguous(), right=side == "right", out_int32=True)
+
+    @staticmethod
+    def take(table: Array, index: Array) -> Array:
+        """The elements of the flat `table` at `index`, in its shape."""
+        return table[index]
+
+    @staticmethod
     def full_like(x: Array, value: float) -> Array:
         """An array like `x`, all `value`."""
         return torch.full_like(x, value)
