@@ -72,7 +72,7 @@ def test_float32_gives_the_codes_of_float64_nearly_everywhere() -> None:
     assert np.mean(single.codes != gptq(weight, hessian, rounder).codes) < 0.02
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 999), columns=st.integers(1, 40), rows=st.integers(1, 5))
 def test_a_diagonal_hessian_is_rounding_to_nearest_in_any_order(seed, columns, rows) -> None:
     rng = np.random.default_rng(seed)
@@ -85,7 +85,7 @@ def test_a_diagonal_hessian_is_rounding_to_nearest_in_any_order(seed, columns, r
         np.testing.assert_allclose(found.weight, rounded, atol=1e-15)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 999), columns=st.integers(2, 30), samples=st.integers(1, 8), dead=st.integers(0, 29))
 def test_singular_moments_and_dead_columns(seed, columns, samples, dead) -> None:
     """Fewer samples than columns, and one input that is always zero: finite, in range, the dead column to nearest."""

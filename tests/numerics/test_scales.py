@@ -48,7 +48,7 @@ def test_the_search_is_as_good_as_a_fine_grid(kind, bits) -> None:
     assert np.all(found <= error(absmax_scale(weight, low, high)) + 1e-12)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(
     rows=st.integers(1, 4), columns=st.integers(1, 20), group=st.integers(1, 24), kind=st.integers(0, 2), constant=st.booleans()
 )

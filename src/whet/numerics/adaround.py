@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from whet.numerics.descent import coordinate_descent
-from whet.numerics.moments import Float64s, Floats, Quadratic
+from whet.numerics.moments import Float64s, Floats, Quadratic, mean_diagonal
 from whet.numerics.namespace import Array, Namespace, numpy_namespace
 from whet.numerics.rounders import Codes, expand_groups, integer_rounder, with_mask
 
@@ -80,16 +80,17 @@ def adaround(
     group_size: int | None = None,
     mask: Floats | None = None,
     steps: int = 1000,
-    learning_rate: float = 0.02,
-    strength: float = 0.01,
+    learning_rate: float = 0.05,
+    strength: float = 0.3,
     polish: bool = True,
 ) -> AdaRounded:
     """Codes of `weight` (rows, columns) whose rounding up or down is learned on the layer's output error.
 
     scale: (rows, 1) or (rows, groups), zero point 0. The error of a row is counted in squared steps,
     `E / (s² mean(diag H))`, and `strength` times the regularizer is added; Adam takes `steps` steps along
-    `2 s (Ŵ H − B) h'(V)`, the exact gradient. There is nothing random in it. polish: coordinate descent at the end,
-    whose codes may leave the two neighbours of a weight. A row never ends worse than rounded to nearest.
+    `2 s (Ŵ H − B) h'(V)`, the exact gradient. With a weaker regularizer codes
+    are undecided at the end, and chance rounds them. There is nothing random in it. polish: coordinate descent at the end, whose
+    codes may leave the two neighbours of a weight. A row never ends worse than rounded to nearest.
     """
     exact = np.asarray(weight, np.float64)
     shape = (exact.shape[0], exact.shape[1])
@@ -124,8 +125,7 @@ def _learn(
     """Adam (Kingma & Ba 2014) on V; the codes at its end."""
     floor = np.floor(exact / step)
     v = np.asarray(initial_variable(np.clip(exact / step - floor, 0.0, 1.0)), np.float64)
-    diagonal = np.einsum("ii->i", quadratic.hessian)
-    unit = 1.0 / (np.mean(step**2, axis=1, keepdims=True) * max(float(np.mean(diagonal)), np.finfo(np.float64).tiny))
+    unit = 1.0 / (np.mean(step**2, axis=1, keepdims=True) * mean_diagonal(quadratic.hessian))
     first, second = np.zeros_like(v), np.zeros_like(v)
     for t in range(steps):
         sigmoid = 1.0 / (1.0 + np.exp(-v))

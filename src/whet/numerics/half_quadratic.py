@@ -68,9 +68,9 @@ def half_quadratic(
     levels = float((1 << bits) - 1)
     low = np.min(np.where(counted, values, np.inf), axis=2)
     high = np.max(np.where(counted, values, -np.inf), axis=2)
-    unit = np.maximum((high - low) / levels, SCALE_FLOOR)
+    unit = _unit(low, high, levels)
     x = values / unit[..., None]
-    scale, zero = np.ones_like(unit), np.clip(-low / unit, -1e9, 1e9)
+    scale, zero = np.ones_like(unit), -low / unit
     best_scale, best_zero = scale, zero
     before = least = _loss(x, scale, zero, counted, levels, power)
     for _ in range(iterations):
@@ -91,6 +91,13 @@ def half_quadratic(
     codes = np.clip(np.round(x / best_scale[..., None] + best_zero[..., None]), 0.0, levels)
     flat = codes.reshape(codes.shape[0], -1)[:, : weight.shape[1]].astype(np.int32)
     return HalfQuadratic(flat, best_scale * unit, best_zero, before * unit**power, least * unit**power)
+
+
+def _unit(low: Float64s, high: Float64s, levels: float) -> Float64s:
+    """The min-max scale; a constant group's value is its own step."""
+    largest = np.maximum(np.abs(low), np.abs(high))
+    flat = high - low <= 1e-6 * largest
+    return np.maximum(np.where(flat, np.where(largest > 0, largest, 1.0), (high - low) / levels), SCALE_FLOOR)
 
 
 def _loss(x: Float64s, scale: Float64s, zero: Float64s, counted: Booleans, levels: float, power: float) -> Float64s:
