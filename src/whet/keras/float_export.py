@@ -14,10 +14,11 @@ from typing import Any
 import keras
 
 from whet.errors import ExportError, MissingExtraError
+from whet.formats.converters import quiet, reason
 from whet.graph.placement import Plan
 from whet.keras import savedmodel_worker
 from whet.keras.clone import Model, assemble, refs
-from whet.keras.litert_export import input_names, output_names, quiet, reason, shapes_of
+from whet.keras.litert_export import input_names, output_names, shapes_of
 from whet.keras.model import arrange, copy, short
 from whet.keras.trace import lowered
 from whet.specs import Target

@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +18,18 @@ import keras
 import numpy as np
 
 from whet.errors import ExportError, MissingExtraError
+from whet.formats.converters import quiet, run_script, run_tflite
+from whet.formats.tflite import Array, File, schema
+from whet.formats.tflite_integers import Find
+from whet.formats.tflite_tidy import tidy
+from whet.formats.tflite_weights import Order, check_plan, finder, put_integers
 from whet.graph.placement import Plan
 from whet.keras import litert_worker
 from whet.keras.clone import Model, Program, Ref, assemble, refs
-from whet.keras.convert import kernel_codes
 from whet.keras.model import arrange, short
 from whet.keras.quantize import planned, quantized_view
-from whet.keras.tflite import Array, File, schema
-from whet.keras.tflite_integers import Find, Integers, Stored
-from whet.keras.tflite_tidy import tidy
 from whet.keras.trace import lowered
-from whet.numerics.affine import QParams
 from whet.specs import Target
-
-_CONVERTER_SECONDS = 1800
-Order = tuple[int | None, ...]  # the axes of a kernel in the order of the file; None is a new axis
 
 
 def export_litert(model: Model, plan: Plan | None, target: Target, path: Path, *, example: Any, dynamic: Any = None) -> None:
@@ -49,7 +42,7 @@ def export_litert(model: Model, plan: Plan | None, target: Target, path: Path, *
         ExportError: LiteRT has no such form, the converter fails, or a planned value or weight is not in its file.
         MissingExtraError: TensorFlow or LiteRT is not installed.
     """
-    _check_plan(plan)
+    check_plan(plan)
     schema()
     if importlib.util.find_spec("tensorflow") is None:
         raise MissingExtraError("Exporting to LiteRT needs TensorFlow's converter. Install it with: pip install 'whet[keras]'")
@@ -72,34 +65,13 @@ def export_litert(model: Model, plan: Plan | None, target: Target, path: Path, *
     file.outputs = [where[ref.name] for ref in results]
     file.output_names = output_names(program)
     if plan is not None:
-        _put_integers(file, program, plan, where)
+        put_integers(file, plan, where, _finder(program, plan))
     for index, shape, array in zip(file.inputs, shapes, trial(program, arrange(model, example)), strict=True):
         sizes = zip(shape[1:], array.shape[1:], strict=True)  # the size at which the file opens, where an axis is open
         file.tensors[index].shape = [shape[0] or 1, *(size or int(given) for size, given in sizes)]
     content = file.to_bytes(input_names(program))
     path.write_bytes(content)
-    _try(content, trial(program, arrange(model, example)), model.name)
-
-
-def _check_plan(plan: Plan | None) -> None:
-    """Raise `ExportError` for what LiteRT files cannot hold."""
-    if plan is None:
-        return
-    wide = next((name for name, params in plan.weights.items() if params.spec.bits > 8), None)
-    if wide is not None:
-        raise ExportError(
-            f"LiteRT stores weights in at most 8 bits, and {wide!r} has {plan.weights[wide].spec.bits}. "
-            "Quantize with weights=Int(8) or fewer bits."
-        )
-    odd = next((name for name, params in plan.values.items() if params.spec.bits != 8), None)
-    if odd is not None:
-        raise ExportError(
-            f"LiteRT's integer kernels compute on 8-bit activations, and {odd!r} has {plan.values[odd].spec.bits} bits. "
-            "Quantize with activations=Int(8, symmetric=False, granularity=PerTensor())."
-        )
-    cast = next((dtype for dtype in plan.casts.values() if dtype != "float16"), None)
-    if cast is not None:
-        raise ExportError(f"LiteRT files hold weights of float16, not of {cast}. Quantize with weights=Float('float16').")
+    run_tflite(content, trial(program, arrange(model, example)), model.name)
 
 
 def shapes_of(program: Program, example: Any, dynamic: Any) -> list[list[int | None]]:
@@ -235,82 +207,19 @@ def _saved(flat: Model, place: Path) -> dict[str, Any]:
 def _run(place: Path, name: str) -> bytes:
     """The converter's file, or its own words in an error."""
     made = place / "model.tflite"
-    environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": "-1"}
-    command = [sys.executable, "-P", str(Path(litert_worker.__file__)), str(place / "job.json"), str(made)]
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, timeout=_CONVERTER_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as cause:
-        raise ExportError(f"TensorFlow's converter did not finish on the model {name!r}: {cause}") from cause
-    if done.returncode != 0 or not made.exists():
-        raise ExportError(f"TensorFlow's converter failed on the model {name!r}: {reason(done)}")
+    script, backend = Path(litert_worker.__file__), {"KERAS_BACKEND": "tensorflow"}
+    run_script(script, [place / "job.json", made], made, "TensorFlow's converter", name, backend)
     return made.read_bytes()
-
-
-def reason(done: subprocess.CompletedProcess[bytes]) -> str:
-    """What a failed process says: its error message, else the signal that ended it."""
-    lines = [line.strip() for line in done.stderr.decode("utf-8", "replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "rror:" in line]
-    said = errors[-1] if errors else lines[-1] if lines else "it said nothing"
-    ended = f"it was ended by signal {-done.returncode}; " if done.returncode < 0 else ""
-    return f"{ended}{said[:600]}"
-
-
-def _put_integers(file: File, program: Program, plan: Plan, where: dict[str, int]) -> None:
-    values: dict[int, QParams] = {}
-    for name, params in plan.values.items():
-        index = where[name]
-        if index in values and (values[index].scale != params.scale or values[index].zero_point != params.zero_point):
-            raise ExportError(f"The converter put {name!r} and another value with another scale into one tensor.")
-        values[index] = params
-    integers = Integers(file, values, _finder(program, plan))
-    integers.apply()
-    missing = sorted({*plan.weights, *plan.casts} - integers.stored)
-    if missing:
-        raise ExportError(
-            f"The weight {missing[0]!r} was not found in what the converter made, so its codes could not be stored. "
-            "Keep that layer float with keep=, and please report the model."
-        )
 
 
 def _finder(program: Program, plan: Plan) -> Find:
     """Weights by their exact content, in the layouts of the operators that may read them."""
-    found: dict[tuple[str, tuple[int, ...], bytes], Stored | None] = {}
+    found = []
     for node in program.graph.nodes:
-        if node.weight not in program.kernels:
-            continue
-        name = str(node.weight)
-        array = np.asarray(quantized_view(program.kernels[name]).array, np.float32)
-        for operator, order in _layouts(node.op, array).items():
-            stored = _stored(program, plan, name, array, operator, order)
-            key = (operator, tuple(_arranged(array, order).shape), _arranged(array, order).tobytes())
-            if key in found and not _alike(found[key], stored):
-                raise ExportError(f"Two layers have the same weights as {name!r} and are quantized differently.")
-            found.setdefault(key, stored)
-
-    def find(operator: str, array: Array) -> Stored | None:
-        return found.get((operator, tuple(array.shape), array.tobytes()))
-
-    return find
-
-
-def _stored(
-    program: Program, plan: Plan, name: str, array: Array, operator: str, order: tuple[int | None, ...]
-) -> Stored | None:
-    """What the file holds in the place of a weight; None for one that stays float."""
-    if name in plan.casts:
-        return Stored(name, _arranged(array, order).astype(np.float16))
-    if name not in plan.weights:
-        return None
-    params = plan.weights[name]
-    scale = params.scale if params.axis is None else params.scale.reshape(-1)
-    axis = 3 if operator == "DEPTHWISE_CONV_2D" else 0
-    return Stored(name, _arranged(kernel_codes(program, name, plan), order), scale, axis)
-
-
-def _alike(left: Stored | None, right: Stored | None) -> bool:
-    if left is None or right is None or left.scale is None or right.scale is None:
-        return (left is None) == (right is None)
-    return np.array_equal(left.scale, right.scale) and np.array_equal(left.array, right.array)
+        if node.weight in program.kernels:
+            array = np.asarray(quantized_view(program.kernels[str(node.weight)]).array, np.float32)
+            found.append((str(node.weight), array, _layouts(node.op, array)))
+    return finder(found, plan)
 
 
 def _layouts(op: str, array: Array) -> dict[str, Order]:
@@ -328,49 +237,6 @@ def _layouts(op: str, array: Array) -> dict[str, Order]:
     return layouts
 
 
-def _arranged(array: Array, order: Order) -> Array:
-    turned = array.transpose([axis for axis in order if axis is not None])
-    for place, axis in enumerate(order):
-        if axis is None:
-            turned = np.expand_dims(turned, place)
-    return np.ascontiguousarray(turned)
-
-
 def trial(program: Program, example: Any) -> list[Array]:
     """The example's arrays in the file's order."""
     return [np.asarray(a).astype(r.dtype) for r, a in zip(refs(program.inputs), keras.tree.flatten(example), strict=True)]
-
-
-def _try(content: bytes, arrays: list[Array], name: str) -> None:
-    """Run the file on the example, and on one row of it where its batch axis is open."""
-    from ai_edge_litert.interpreter import Interpreter
-
-    try:
-        with quiet():
-            interpreter = Interpreter(model_content=content, num_threads=1)
-        details = interpreter.get_input_details()
-        opened = all(item["shape_signature"][0] == -1 for item in details if len(item["shape_signature"]))
-        for rows in (1, len(arrays[0])) if opened else (len(arrays[0]),):
-            for item, array in zip(details, arrays, strict=True):
-                interpreter.resize_tensor_input(item["index"], array[:rows].shape)
-            with quiet():
-                interpreter.allocate_tensors()
-            for item, array in zip(details, arrays, strict=True):
-                interpreter.set_tensor(item["index"], array[:rows])
-            interpreter.invoke()
-    except (RuntimeError, ValueError) as cause:
-        raise ExportError(f"LiteRT cannot run the file made of the model {name!r}: {short(cause)}") from cause
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Standard error closed to native code, which announces its optimizers and delegates there and raises what matters."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)

@@ -22,10 +22,11 @@ import keras
 import numpy as np
 
 from whet.errors import ExportError, MissingExtraError, require
+from whet.formats.converters import reason
 from whet.graph.placement import Plan
 from whet.keras import onnx_worker
 from whet.keras.clone import Call, Model, Program, Ref, assemble, refs, safe
-from whet.keras.litert_export import input_names, output_names, reason, shapes_of, trial
+from whet.keras.litert_export import input_names, output_names, shapes_of, trial
 from whet.keras.model import arrange, predict, short
 from whet.keras.onnx_graph import FIRST, LAST, Array, Late, Writer
 from whet.keras.onnx_operations import MOVES, RULES, Weights, common_form, concat, global_average

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from whet.errors import ExportError
-from whet.keras.tflite import Array, File
+from whet.formats.tflite import Array, File
 from whet.numerics.affine import QParams, quantize_bias
 
 # Operators with weights -> the places of (data, weight, bias) among their inputs, and the version that takes int8.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from whet.keras.tflite import File
+from whet.formats.tflite import File
 
 _ACTIVATIONS = {"RELU": 1, "RELU6": 3}  # the schema's ActivationFunctionType
 _MOVES = {"RESHAPE", "SQUEEZE", "BATCH_TO_SPACE_ND"}
