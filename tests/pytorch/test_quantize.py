@@ -192,7 +192,7 @@ def test_a_tied_weight_stays_tied():
     [
         ("recurrent", "lstm", "operation 'lstm' is not quantized"),
         ("recurrent", "gru", "operation 'gru' is not quantized"),
-        ("attention", "attn", "multi_head_attention_forward"),
+        ("attention", "attn", "operation 'attention' is not quantized"),
         ("fused_qkv", "norm", "layer_norm"),
         ("weight_norm", "0", "computed"),
         ("branching", "unused", "never run"),

@@ -1,6 +1,7 @@
 """A model as a list of operations in execution order, with canonical names for what they do.
 
-Canonical operations: "conv", "conv_transpose", "linear" (these carry weights), "relu", "relu6", "clamp", "add", "mul",
+Canonical operations: "conv", "conv_transpose", "linear", "einsum", "embedding", "attention", "lstm", "gru", "rnn"
+(these carry weights), "relu", "relu6", "clamp", "add", "mul",
 "concat", "max_pool", "avg_pool", "global_avg_pool", "softmax", "sigmoid", "tanh", "reshape", "flatten", "transpose",
 "identity" (dropout in inference), "batch_norm"; anything else bears its own function's name.
 """
@@ -16,8 +17,8 @@ class Node:
 
     name: unique; for torch `module.path/function:index`, for Keras `layer/call:index`. The node's output value has the
     same name (`name#k` for the k-th of several). inputs: the floating-point activation values it reads, in order.
-    weight, bias: names of the parameters it reads, None without. layer: the layer that users name in keep and include;
-    kinds: `module:name` of its class and of the classes that this derives from.
+    weight, bias: names of the parameters it reads, None without; more: further weights, of attention and recurrent layers.
+    layer: the layer that users name in keep and include; kinds: `module:name` of its class and of those it derives from.
     """
 
     name: str
@@ -28,6 +29,12 @@ class Node:
     bias: str | None = None
     outputs: int = 1
     kinds: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The names of all its weights."""
+        return (() if self.weight is None else (self.weight,)) + self.more
 
     @property
     def values(self) -> tuple[str, ...]:

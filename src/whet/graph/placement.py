@@ -12,13 +12,15 @@ from fnmatch import fnmatchcase
 import numpy as np
 import numpy.typing as npt
 
+from whet.errors import TargetError
 from whet.graph.nodes import Graph, Node, kind_name
 from whet.numerics.affine import QParams
 from whet.numerics.codebook import Codebook
 from whet.specs.quantization import Quantize
-from whet.specs.schemes import Dynamic
-from whet.specs.target import Target
+from whet.specs.schemes import Dynamic, Int
+from whet.specs.target import WEIGHTED, Target
 
+_OWN_DYNAMIC = {"openvino": " on request of a file: it does so itself where weights are stored in integers"}
 SEVERAL = frozenset({"add", "mul", "concat"})  # with one activation among their operands, the others are constants
 
 
@@ -27,7 +29,8 @@ class Placement:
     """values: value name -> group; the values of one group share one scale and zero point. fixed: group -> (scale, zero
     point) given by the target. weights: weight name -> the node whose weight is quantized (its first reader). nodes: the
     names of the nodes that compute in integers. skipped: (layer, reason) for what stays float. clipped: values whose own
-    range does not count, since an activation behind them cuts it."""
+    range does not count, since an activation behind them cuts it. dynamic: the nodes that quantize what they read at run
+    time."""
 
     values: dict[str, str]
     fixed: dict[str, tuple[float, int]]
@@ -35,6 +38,7 @@ class Placement:
     nodes: frozenset[str]
     skipped: tuple[tuple[str, str], ...]
     clipped: frozenset[str] = frozenset()
+    dynamic: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,7 @@ class Plan:
 
     biases: bias name -> (value name of the node's input, weight name): stored as int32 at the product of their scales.
     folds: (batch-norm layer, convolution layer) pairs folded before the weights were solved. casts: weight name -> the
-    16-bit float dtype it is stored in. dynamic: value name -> how it is quantized at run time. tensors: parameter name ->
+    16-bit float dtype it is stored in. dynamic: node name -> how its input is quantized at run time. tensors: parameter name ->
     float32 values that take the place of the (folded) model's own: equalized weights, corrected biases. codes: weight name
     -> its codes, where they are not the nearest.
     """
@@ -101,7 +105,8 @@ def place(graph: Graph, target: Target, spec: Quantize) -> Placement:
     """Where quantizers go.
 
     1. Operations with weights in `target.compute` are chosen unless kept by name. Their weights are quantized.
-    2. Without activations in the spec, that is all.
+    2. Without calibrated activations in the spec, all weights in `WEIGHTED` operations are quantized, and that is all. With
+       `Dynamic`, operations in `target.dynamic` quantize what they read.
     3. The inputs of the chosen operations, and the end of the chain of fused activations behind them, are quantized.
     4. An operation in `target.quantized` is chosen too if an integer operation feeds it; of its operands none is a constant.
     5. An operation in `target.shared` passes its input's group on to its output; `target.joined` unites all. The calls of
@@ -120,8 +125,8 @@ def place(graph: Graph, target: Target, spec: Quantize) -> Placement:
 def _attempt(graph: Graph, target: Target, spec: Quantize, refused: dict[str, str]) -> tuple[Placement, dict[str, str]]:
     """A placement without the `refused` nodes, and the nodes in it (with the reason) that cannot be placed so."""
     chosen, weights, skipped = _choose(graph, target, spec, refused)
-    if spec.activations is None:
-        return Placement({}, {}, weights, frozenset(), skipped), {}
+    if not isinstance(spec.activations, Int):
+        return Placement({}, {}, weights, frozenset(), skipped, dynamic=_dynamic(graph, target, spec, chosen)), {}
     readers = graph.consumers()
     ends = {node.name: _end(node, target, readers, graph) for node in graph.nodes if node.name in chosen}
     moves = [n for n in graph.nodes if n.op in target.shared and len(n.inputs) == 1 and n.outputs == 1]
@@ -187,15 +192,16 @@ def _choose(
     skipped: dict[tuple[str, str], None] = {}  # a layer that is called twice is listed once
     weights: dict[str, Node] = {}
     chosen: set[str] = set()
+    weighted = target.compute if isinstance(spec.activations, Int) or not target.compute else WEIGHTED
     for node in graph.nodes:
         reason = selected(node.layer, spec.keep, spec.include, kinds=node.kinds)
         reason = refused.get(node.name) if reason is None else reason
-        if node.op in target.compute:
+        if node.op in weighted:
             if reason is None and node.weight is None:
                 reason = "its weight is computed, not stored"
             if reason is None and node.weight is not None:
                 chosen.add(node.name)
-                weights.setdefault(node.weight, node)
+                weights.update((name, node) for name in node.weights if name not in weights)
             elif reason is not None:
                 skipped[node.layer, reason] = None
         elif node.op in target.quantized and reason is None:
@@ -207,6 +213,23 @@ def _choose(
             skipped[node.layer, refused[node.name]] = None
     producer = {value: node for node in graph.nodes for value in node.values}
     return _reachable(graph, target, chosen, producer, weights), weights, tuple(skipped)
+
+
+def _dynamic(graph: Graph, target: Target, spec: Quantize, chosen: set[str]) -> tuple[Node, ...]:
+    """The chosen nodes whose input is quantized at run time.
+
+    Raises:
+        TargetError: the target has no such kernels.
+    """
+    if not isinstance(spec.activations, Dynamic):
+        return ()
+    if not target.dynamic:
+        raise TargetError(
+            f"{target.name} has no kernels that quantize activations at run time{_OWN_DYNAMIC.get(target.runtime, '')}. "
+            "Quantize(…, activations=None) stores weights alone, Int(8, …) activations need calibration data; "
+            "onnxruntime has such kernels."
+        )
+    return tuple(node for node in graph.nodes if node.name in chosen and node.op in target.dynamic)
 
 
 def _joined(

@@ -24,7 +24,7 @@ from whet.numerics.namespace import numpy_namespace as xp
 from whet.numerics.observers import Range
 from whet.numerics.statistics import sqnr_db
 from whet.specs.quantization import Adaptive, Quantize
-from whet.specs.schemes import Float, Int, PerTensor, Scheme
+from whet.specs.schemes import Dynamic, Float, Int, PerTensor, Scheme
 from whet.specs.target import Target
 
 FIXED = Int(8, symmetric=False, granularity=PerTensor())  # what a target's fixed scales and zero points are given for
@@ -84,7 +84,7 @@ def solve(
             changed.append({"name": name, "parameters": view.array.size, "scheme": scheme.dtype, "bits": 16})
             plan.casts[name] = scheme.dtype
             continue
-        params = solve_weight(view, scheme)
+        params = solve_weight(view, scheme, spec.weight_observer)
         bias = biases.get(node.bias) if node.bias is not None else None
         source = values.get(node.inputs[0]) if node.inputs else None
         alone = node.bias is not None and len(partners[node.bias]) == 1
@@ -93,7 +93,10 @@ def solve(
             plan.biases[node.bias] = (node.inputs[0], name)
         plan.weights[name] = params
         row = {"name": name, "parameters": view.array.size, "scheme": described(params), "bits": params.bits}
-        changed.append(row | stored_weight(view, params))
+        changed.append(row | storage(params, node, target, alone=not values) | stored_weight(view, params))
+    for node in placement.dynamic:
+        if isinstance(spec.activations, Dynamic) and isinstance(plan.weights.get(str(node.weight)), QParams):
+            plan.dynamic[node.name] = spec.activations
     layers = {node.layer: node.kinds for node in calibration.graph.nodes}
     patterns = (*spec.keep, *(spec.include or ()), *spec.overrides)
     skipped = tuple({"name": layer, "reason": reason} for layer, reason in placement.skipped)
@@ -173,6 +176,23 @@ def _solve_values(calibration: Calibration, placement: Placement, spec: Quantize
 
 def described(params: QParams | Codebook) -> str:
     """The scheme of a weight as people read it."""
-    kind = f"int{params.bits}" if isinstance(params.spec, Int) else f"{type(params.spec).__name__} {params.bits} bit"
+    kind = f"{type(params.spec).__name__} {params.bits} bit"
+    if isinstance(params.spec, Int):
+        kind = f"{'' if params.spec.symmetric else 'u'}int{params.bits}"
+    elif isinstance(params.spec, Float):
+        kind = params.spec.dtype
     fine = f"groups of {params.group[1]}" if params.group else "per tensor" if params.axis is None else "per channel"
     return f"{kind} {fine}"
+
+
+def storage(params: QParams | Codebook, node: Node, target: Target, *, alone: bool) -> dict[str, str]:
+    """`{"stored": type}` where a weight's codes lie in a type of other bits: half bytes hold two, where the target has them
+    and weights are quantized `alone`; floats hold the rounded values where its files have no integers for this operation."""
+    if alone and node.op not in target.weight_only:
+        return {"stored": "float32"}
+    if params.bits > 8:
+        return {"stored": "int16"}
+    small = alone or isinstance(params, Codebook)
+    if params.bits <= 4 and small and "int4" in target.stores:
+        return {} if params.bits == 4 else {"stored": "int4"}
+    return {} if params.bits == 8 else {"stored": "int8"}

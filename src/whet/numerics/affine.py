@@ -107,6 +107,21 @@ def fake_quantize(x: Array, scale: Array, zero_point: Array, spec: Int, *, xp: N
     return inside + xp.stop_gradient(dequantize(quantize(x, scale, zero_point, spec, xp=xp), scale, zero_point) - inside)
 
 
+def dynamic_rounded(x: Array, bits: int, *, xp: Namespace) -> Array:
+    """`x` rounded to unsigned codes of its own range, as ONNX's DynamicQuantizeLinear does; straight-through gradients.
+
+    `scale = (max(x, 0) - min(x, 0)) / (2^bits - 1)`, `zero_point = round(-min / scale)`, over the whole tensor.
+    """
+    fixed = xp.stop_gradient(x)
+    low, high = xp.min(fixed), xp.max(fixed)
+    low, high = xp.minimum(low, low * 0), xp.maximum(high, high * 0)
+    levels = float((1 << bits) - 1)
+    scale = xp.maximum((high - low) / levels, high * 0 + SCALE_FLOOR)
+    zero_point = xp.clip(xp.round(-low / scale), 0.0, levels)
+    rounded = dequantize(xp.clip(xp.round(fixed / scale) + zero_point, 0.0, levels), scale, zero_point)
+    return rounded + (x - fixed)
+
+
 def fit_scale_to_bias(
     weight_scale: npt.NDArray[np.float32], input_scale: float, bias: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.float32]:

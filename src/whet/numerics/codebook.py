@@ -34,8 +34,10 @@ class Codebook:
     def encode(self, array: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
         """The nearest codes of a tensor; a value half-way between two levels takes the lower."""
         scaled = array / spread(self.scale, array.shape, self.axis, self.group)
-        codes = np.zeros(array.shape, np.int32)
         middles = (self.levels[..., 1:] + self.levels[..., :-1]) / 2
+        if middles.ndim == 1:
+            return np.searchsorted(middles, scaled, side="left").astype(np.int32)
+        codes = np.zeros(array.shape, np.int32)
         for index in range(middles.shape[-1]):
             codes += scaled > self._spread(middles[..., index], array.shape)
         return codes

@@ -14,7 +14,7 @@ from whet.graph.summary import Summary
 from whet.pipeline.compressed import Compressed, as_metric, outputs_of, plain_model, start
 from whet.pipeline.side import Model, side_of
 from whet.records import Evidence
-from whet.specs import Distill, Metric, Prune, Quantize, Recipe, Target, Train, find_target
+from whet.specs import Distill, Int, Metric, Prune, Quantize, Recipe, Target, Train, find_target
 
 
 def fit(
@@ -151,7 +151,7 @@ def quantize(
     compressed = start(model, example=example, seed=seed)
     rules = find_target(target, compressed.side.FRAMEWORK)
     batches = None if calibration is None else Batches(calibration, "calibration")
-    if batches is None and spec.activations is not None:
+    if batches is None and isinstance(spec.activations, Int):
         raise DataError(
             "Quantize with activations needs calibration=: some hundred representative inputs, labels are not used. "
             "Random data would give wrong ranges. For weights only write Quantize(Int(8), None)."

@@ -8,6 +8,8 @@ from whet.errors import TargetError
 
 # Canonical operations, spoken by both framework readers (graph/nodes.py describes them).
 COMPUTE = frozenset({"conv", "conv_transpose", "linear"})
+WEIGHTED = COMPUTE | {"einsum", "embedding", "attention", "lstm", "gru", "rnn"}  # whose weights may be quantized alone
+ALL_STORED = frozenset({"int8", "int4", "int16", "unsigned", "groups", "codebook", "float8"})
 ELEMENTWISE = frozenset({"relu", "relu6", "clamp"})
 SHARED = frozenset({"max_pool", "reshape", "flatten", "transpose", "identity"})
 
@@ -26,6 +28,11 @@ class Target:
     overflow at full range; with this the file computes the same on all of them.
     requantizes: kernels accumulate integers and multiply each accumulator by one float32 factor, and so does the simulation.
     sum_bits: a sum of two multiplies codes by integers of that many bits and rounds halves up; None computes it in float.
+    weight_only: operations whose weights its files can hold in small types while they compute in float; weights of other
+    operations are then rounded, and stored as floats.
+    stores: the types of weights that its files can hold: "int8" (two to eight bits, symmetric), "int4" (in half a byte),
+    "int16", "unsigned" (with zero points), "groups", "codebook", "float8".
+    dynamic: operations with kernels that quantize what they read at run time.
     """
 
     name: str
@@ -44,6 +51,9 @@ class Target:
     portable: bool = False
     requantizes: bool = False
     sum_bits: int | None = None
+    weight_only: frozenset[str] = COMPUTE
+    stores: frozenset[str] = frozenset({"int8"})
+    dynamic: frozenset[str] = frozenset()
 
     def describe(self) -> list[str]:
         """The rules as lines to read: what computes in integers, on which codes."""
@@ -61,10 +71,12 @@ class Target:
         ]
         if self.joined:
             lines.append(f"one scale for inputs and output: {names(self.joined)}")
-        if self.sum_bits is not None:
-            lines.append(f"sums: codes times integers of {self.sum_bits} bits, halves rounded up")
         if self.fixed:
             lines.append(f"given output scale: {', '.join(f'{op} {scale:g}' for op, (scale, _) in sorted(self.fixed.items()))}")
+        if self.sum_bits is not None:
+            lines.append(f"sums: codes times integers of {self.sum_bits} bits, halves rounded up")
+        lines.append(f"weights alone: {names(self.weight_only)}, stored as {names(self.stores)}")
+        lines.append(f"activations quantized at run time: {names(self.dynamic)}")
         return lines
 
 
@@ -83,6 +95,9 @@ TARGETS: dict[str, Target] = {
             compute=COMPUTE - {"conv_transpose"},  # ONNX Runtime has no integer kernel for it
             quantized=frozenset({"add", "mul", "concat", "global_avg_pool", "avg_pool"}),
             requantizes=True,
+            weight_only=WEIGHTED,
+            stores=ALL_STORED,
+            dynamic=frozenset({"linear"}),  # ConvInteger takes 5 to 20 times as long as the float convolution (measured, 1.32)
         ),
         Target(
             "executorch",
@@ -102,6 +117,8 @@ TARGETS: dict[str, Target] = {
             signed_activations=False,
             # Quantizers behind convolutions too, not on their inputs alone: sums stay in integers, which is faster.
             quantized=frozenset({"add", "mul", "concat", "global_avg_pool", "avg_pool"}),
+            weight_only=WEIGHTED,
+            stores=ALL_STORED,
         ),
         Target(
             "litert",
@@ -127,6 +144,8 @@ TARGETS: dict[str, Target] = {
             suffix=".pt2",
             signed_activations=True,
             quantized=frozenset({"add", "mul", "concat", "global_avg_pool"}),
+            weight_only=WEIGHTED,
+            stores=ALL_STORED - {"int4"},
         ),
         # Keras' own formats hold floats: nothing is quantized for them.
         Target(

@@ -41,6 +41,12 @@ class Call:
         """The argument at position `index`, or called `name`."""
         return self.args[index] if index < len(self.args) else self.kwargs.get(name, default)
 
+    def with_argument(self, index: int, name: str, value: Any) -> Call:
+        """The call with another value at position `index`, or for the argument called `name`."""
+        if index < len(self.args):
+            return Call(self.run, self.function, (*self.args[:index], value, *self.args[index + 1 :]), self.kwargs)
+        return Call(self.run, self.function, self.args, {**self.kwargs, name: value})
+
     def tensors(self) -> list[Tensor]:
         """Every tensor among the operands."""
         return list(tensors_in((self.args, self.kwargs)))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from whet.torch.interception import Call
+from whet.torch.interception import Call, tensors_in
 
 Tensor = Any
 
@@ -52,6 +52,17 @@ _PLAIN = {
     "feature_alpha_dropout": "identity",
     "batch_norm": "batch_norm",
 }
+_SEVERAL_WEIGHTS = {
+    "multi_head_attention_forward": "attention",
+    "lstm": "lstm",
+    "lstm_cell": "lstm",
+    "gru": "gru",
+    "gru_cell": "gru",
+    "rnn_tanh": "rnn",
+    "rnn_relu": "rnn",
+    "rnn_tanh_cell": "rnn",
+    "rnn_relu_cell": "rnn",
+}
 _CLAMPS = {
     "clamp": (1, "min", 2, "max"),
     "clamp_": (1, "min", 2, "max"),
@@ -64,12 +75,13 @@ _CLAMPS = {
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """What a call is. weight, bias: its operands of that role; axes: (out, in) of the weight."""
+    """What a call is. weight, bias: its operands of that role; axes: (out, in) of the weight; more: further weights, (0, 1)."""
 
     op: str
     weight: Tensor | None = None
     bias: Tensor | None = None
     axes: tuple[int, int | None] = (0, 1)
+    more: tuple[Tensor, ...] = ()
 
 
 def operation(call: Call, is_weight: Any) -> Operation:
@@ -90,6 +102,11 @@ def operation(call: Call, is_weight: Any) -> Operation:
         return Operation("linear", call.argument(2, "mat2"), call.argument(0, "input"), (1, 0))
     if name in ("matmul", "mm") and is_weight(call.argument(1, "other")) and call.argument(1, "other").ndim == 2:
         return Operation("linear", call.argument(1, "other"), None, (1, 0))
+    if name in ("embedding", "embedding_bag"):
+        return Operation("embedding", call.argument(1, "weight"))
+    if name in _SEVERAL_WEIGHTS:
+        found = [t for t in tensors_in((call.args, call.kwargs)) if t.ndim == 2 and t.is_floating_point() and is_weight(t)]
+        return Operation(_SEVERAL_WEIGHTS[name], found[0] if found else None, more=tuple(found[1:]))
     if name in ("add", "add_", "mul", "mul_", "multiply"):
         return Operation(_binary(call, "add" if name.startswith("add") else "mul", is_weight))
     if name in _CLAMPS:

@@ -15,7 +15,7 @@ from whet.data import Batches
 from whet.errors import ModelError
 from whet.graph.placement import Plan
 from whet.graph.solve import solve
-from whet.numerics.affine import QParams, fake_quantize, quantize_bias
+from whet.numerics.affine import QParams, dynamic_rounded, fake_quantize, quantize_bias
 from whet.records import Step
 from whet.specs import Int, Quantize, Target, to_dict
 from whet.torch.fold import fold_, folded_weights
@@ -40,15 +40,14 @@ def quantize(
         ModelError: nothing would be quantized.
     """
     started = time.perf_counter()
-    needed = spec.activations is not None
+    needed = isinstance(spec.activations, Int)
     check_calibration(calibration, needed)
     traced = trace(model, example, calibration if needed else None, progress=progress)
     solved = solve(traced.calibration, traced.weights, traced.biases, spec, _rules(target, spec))
-    changed = tuple(_with_storage(row) for row in solved.changed)
     listed = {row["name"] for row in solved.skipped}
     skipped = [*solved.skipped, *({"name": n, "reason": why} for n, why in traced.skipped if n not in listed)]
     unique = tuple({(row["name"], row["reason"]): row for row in skipped}.values())
-    step = Step(to_dict(spec), changed, unique, time.perf_counter() - started, None, solved.unmatched)
+    step = Step(to_dict(spec), solved.changed, unique, time.perf_counter() - started, None, solved.unmatched)
     return solved.plan, step
 
 
@@ -58,6 +57,13 @@ def simulate(model: Any, plan: Plan) -> Any:
     Batch norms are folded as planned, weights and int32 biases hold their rounded values, and every value in the plan is
     rounded where it is produced.
     """
+    work = rounded_copy(model, plan)
+    Simulator(work, plan)
+    return work
+
+
+def rounded_copy(model: Any, plan: Plan) -> Any:
+    """A copy of `model`, in inference mode, whose weights and biases hold what is left of them: `simulate` without values."""
     work = copy(model).eval()
     exact = float_weights(work, plan)
     fold_(work, dict(plan.folds), exact)
@@ -71,7 +77,6 @@ def simulate(model: Any, plan: Plan) -> Any:
             tensors[name].copy_(torch.from_numpy(codes.astype(np.float32) * scale))
         for name, dtype in plan.casts.items():
             tensors[name].copy_(tensors[name].to(getattr(torch, dtype)))
-    Simulator(work, plan)
     return work
 
 
@@ -80,7 +85,7 @@ class ValueQuantizer(Interceptor):
 
     def __init__(self, model: Any, plan: Plan) -> None:
         super().__init__(model, dict(plan.folds))
-        self.values = plan.values
+        self.values, self.dynamic = plan.values, plan.dynamic
 
     def round(self, tensor: Tensor, params: QParams) -> Tensor:
         """`tensor` rounded to the lattice of `params`."""
@@ -117,6 +122,15 @@ class ValueQuantizer(Interceptor):
             return self._rounded(f"{site}#{index}" if several else site, tensor)
 
         return map_tensors(result, change)
+
+    def compute(self, session: Session, call: Call, site: str | None) -> Any:
+        """Run the call, on what it reads rounded at run time where the plan says so."""
+        if site in self.dynamic:
+            place = "mat1" if call.function == "addmm" else "input"
+            index = 1 if call.function == "addmm" else 0
+            rounded = dynamic_rounded(call.argument(index, place).float(), self.dynamic[str(site)].bits, xp=xp)
+            return call.with_argument(index, place, rounded.to(call.argument(index, place).dtype))()
+        return call()
 
     def _rounded(self, name: str, tensor: Tensor) -> Tensor:
         params = self.values.get(name)
@@ -183,8 +197,3 @@ def _rules(target: Target, spec: Quantize) -> Target:
     """With symmetric activations a ReLU is no part of the rounding (half of the codes lie below zero): it stands alone."""
     symmetric = isinstance(spec.activations, Int) and spec.activations.symmetric
     return replace(target, fused=frozenset()) if symmetric and not target.signed_activations else target
-
-
-def _with_storage(row: dict[str, Any]) -> dict[str, Any]:
-    """Codes of fewer than 8 bits are stored in whole bytes."""
-    return {**row, "stored": "int8"} if row["bits"] < 8 else row

@@ -18,7 +18,7 @@ from whet.graph.views import WeightView
 from whet.numerics.observers import Range, observe_minmax
 from whet.progress import task
 from whet.torch.fold import FoldedWeights, fold_, foldable, folded_weights
-from whet.torch.interception import Call, Interceptor, Session, tensors_in
+from whet.torch.interception import Call, Interceptor, Session, map_tensors, tensors_in
 from whet.torch.model import call, copy, device_of, dtype_of, to_tensors
 from whet.torch.namespace import xp
 from whet.torch.operations import Operation, operation
@@ -69,17 +69,36 @@ def trace(model: Any, example: Any, calibration: Batches | None, *, progress: bo
         folded = folded_weights(work, folds)
         fold_(work, folds, folded)
         tracer = Tracer(work, folds)
-        _run(work, example)
-        if calibration is not None:
-            tracer.observing = True
-            with task("calibrate", len(calibration), enabled=progress) as bar:
-                for inputs, _ in calibration:
-                    _run(work, inputs)
-                    bar.advance()
+        if calibration is None:
+            _run(work, example)
+        else:
+            _observe(work, tracer, example, calibration, progress)
         if not tracer.seen.broken:
             return _collect(work, tracer, folds, folded)
         # A branch that only some batches take runs a convolution without its batch norm: that pair stays as it is.
         refused |= tracer.seen.broken
+
+
+def _observe(work: Any, tracer: Tracer, example: Any, calibration: Batches, progress: bool) -> None:
+    """Run the example, unobserved, and all of `calibration`; an example that is its first batch is run once."""
+    with task("calibrate", len(calibration), enabled=progress) as bar:
+        for index, (inputs, _) in enumerate(calibration):
+            if index == 0 and not _same(inputs, example):
+                _run(work, example)
+            tracer.observing = True
+            _run(work, inputs)
+            bar.advance()
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two batches hold equal arrays in one structure."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return one is other or (one.dtype == other.dtype and np.array_equal(one, other))
+    return one is other
 
 
 def _run(model: Any, inputs: Any) -> None:
@@ -88,10 +107,25 @@ def _run(model: Any, inputs: Any) -> None:
 
 
 def _find_folds(model: Any, example: Any) -> dict[str, str]:
+    """The batch norms that can be folded: two rows show it, or the whole example where the model does not take two."""
+    few = _two_rows(to_tensors(example, device_of(model), dtype_of(model)))
+    try:
+        return _folds_of(model, few)
+    except DataError:
+        return _folds_of(model, example)
+
+
+def _folds_of(model: Any, inputs: Any) -> dict[str, str]:
     scout = copy(model)
     tracer = Tracer(scout)
-    _run(scout, example)
+    _run(scout, inputs)
     return foldable(tracer.graph(), scout)
+
+
+def _two_rows(tensors: Any) -> Any:
+    """The first two rows of all tensors where they have the same number of them, else all rows."""
+    rows = {tensor.shape[0] if tensor.ndim else 0 for tensor in tensors_in(tensors)}
+    return map_tensors(tensors, lambda tensor: tensor[:2]) if len(rows) == 1 and 0 not in rows else tensors
 
 
 class Tracer(Interceptor):
@@ -164,17 +198,20 @@ class Tracer(Interceptor):
         weight = None if found.weight is None else session.parameter(found.weight)
         bias = None if found.bias is None else session.parameter(found.bias)
         layer = path
+        more = tuple(name for name in (session.parameter(tensor) for tensor in found.more) if name is not None)
         if found.weight is not None:
             if weight is not None:
-                layer = layer_of(path, weight)
+                layer = layer_of(path, weight) if not found.more else path
                 self.seen.axes.setdefault(weight, (layer, found.axes))
+                for name in more:
+                    self.seen.axes.setdefault(name, (layer, (0, 1)))
             elif self._is_constant(session, found.weight):
                 self.seen.computed[path] = "its weight is computed in the forward pass (weight_norm or another parametrization)"
         elif found.op not in ("add", "mul", "concat"):
             named = (session.parameter(t) for t in call.tensors() if isinstance(t, torch.nn.Parameter))
             weight = next((name for name in named if name is not None), None)
             layer = path or weight or ""  # a bare parameter of the model itself is named, not the model
-        return Node(site, found.op, inputs, layer, weight, bias, outputs, kinds_of(session.module))
+        return Node(site, found.op, inputs, layer, weight, bias, outputs, kinds_of(session.module), more)
 
 
 def layer_of(path: str, weight: str) -> str:
