@@ -252,10 +252,10 @@ def inserter(program: Program, plan: Plan) -> Any:
     kernels = Arithmetic(program, plan)
 
     def insert(ref: Ref, tensor: Tensor) -> Tensor:
+        tensor = kernels.computed(ref, tensor)
         params = plan.values.get(ref.name)
         if params is None or same.get(ref.name, False):
             return kernels.seen(ref, tensor)
-        tensor = kernels.computed(ref, tensor)
         spec = params.spec
         name = f"quantize_{safe(ref.name)}"
         scale, zero_point = float(params.scale), int(params.zero_point)
