@@ -14,10 +14,19 @@ from whet.numerics.affine import SCALE_FLOOR, QParams, qparams
 from whet.numerics.codebook import Codebook
 from whet.numerics.half_quadratic import half_quadratic
 from whet.numerics.kmeans import kmeans_levels
+from whet.numerics.levels import (
+    absmax_scale,
+    float8_e4m3_levels,
+    nf4_levels,
+    piecewise_levels,
+    power_of_two_levels,
+    search_breakpoints,
+)
+from whet.numerics.levels import search_scale as search_levels
 from whet.numerics.namespace import numpy_namespace as xp
 from whet.numerics.scales import search_scale
 from whet.specs.quantization import HQQ, MSE, MinMax
-from whet.specs.schemes import Float, Granularity, Int, KMeans, PerChannel, PerGroup, Scheme
+from whet.specs.schemes import NF4, Float, Granularity, Int, KMeans, PerChannel, PerGroup, Piecewise, PowerOfTwo, Scheme
 
 Floats = npt.NDArray[np.float32]
 Layout = tuple[int | None, tuple[int, int] | None]  # the axis and group of a QParams
@@ -88,7 +97,7 @@ def solve_weight(view: WeightView, spec: Scheme, observer: MinMax | MSE | HQQ | 
     """
     if isinstance(spec, Int):
         return uniform(view, spec, observer)
-    return _codebook(view, spec)
+    return _codebook(view, spec, observer)
 
 
 def uniform(view: WeightView, spec: Int, observer: MinMax | MSE | HQQ | None = None) -> QParams:
@@ -139,14 +148,43 @@ def _half_quadratic(
     return np.where(usable, scale, start[0]), np.where(usable, zero, start[1])
 
 
-def _codebook(view: WeightView, spec: Scheme) -> Codebook:
-    """Levels of one weight. Pruned weights keep a level of exactly zero."""
+def _codebook(view: WeightView, spec: Float | KMeans | NF4 | PowerOfTwo | Piecewise, observer: object) -> Codebook:
+    """Levels of one weight. Every table holds zero, for pruned weights; k-means' does where the weight has zeros."""
     array = np.asarray(view.array, np.float32)
-    if isinstance(spec, Float):
+    if isinstance(observer, HQQ):
+        raise SpecError(f"The weight {view.name!r}: HQQ ranges Int weights, and this one is stored as {spec!r}.")
+    if isinstance(spec, Float) and spec.bits == 16:
         raise SpecError(f"The weight {view.name!r} is cast to {spec.dtype}, it has no levels.")
-    axis, group = layout = layout_of(view, spec.granularity)
-    if isinstance(spec, KMeans):
-        keep_zero = bool(np.any(array == 0))
-        (levels,) = by_scale(array, layout, lambda rows: (kmeans_levels(rows, 1 << spec.bits, keep_zero=keep_zero),))
-        return Codebook(levels.astype(np.float32), np.ones(levels.shape[:-1], np.float32), spec, axis, group)
-    raise SpecError(f"The weight {view.name!r} cannot be stored as {spec!r}.")
+    axis, group = layout = layout_of(view, PerChannel() if isinstance(spec, Float) else spec.granularity)
+    if isinstance(spec, KMeans | Piecewise):
+        solve = _clustered(spec, keep_zero=bool(np.any(array == 0))) if isinstance(spec, KMeans) else _pieces(spec.bits)
+        table, scale = by_scale(array, layout, solve)
+        return Codebook(table.astype(np.float32), scale.astype(np.float32), spec, axis, group)
+    levels = _levels(spec)
+    find = search_levels if isinstance(observer, MSE) else absmax_scale
+    (scale,) = by_scale(array, layout, lambda rows: (find(rows, levels),))
+    return Codebook(levels, np.asarray(scale, np.float32), spec, axis, group)
+
+
+Solve = Callable[[Floats], tuple[npt.NDArray[Any], ...]]
+
+
+def _clustered(spec: KMeans, *, keep_zero: bool) -> Solve:
+    """Levels as they are: the scale is 1."""
+    return lambda rows: (kmeans_levels(rows, 1 << spec.bits, keep_zero=keep_zero), np.ones(len(rows), np.float32))
+
+
+def _pieces(bits: int) -> Solve:
+    """Each row with a breakpoint of its own."""
+
+    def solve(rows: Floats) -> tuple[npt.NDArray[Any], ...]:
+        table = piecewise_levels(bits, search_breakpoints(rows, bits))
+        return table, absmax_scale(rows, table)
+
+    return solve
+
+
+def _levels(spec: NF4 | PowerOfTwo | Float) -> Floats:
+    if isinstance(spec, PowerOfTwo):
+        return power_of_two_levels(spec.bits, spec.terms)
+    return nf4_levels() if isinstance(spec, NF4) else float8_e4m3_levels()

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from whet.numerics.affine import spread
-from whet.numerics.namespace import Array
+from whet.numerics.levels import nearest_level
+from whet.numerics.namespace import Array, numpy_namespace
 from whet.specs.schemes import Scheme
 
 
@@ -32,15 +33,18 @@ class Codebook:
         return self.spec.bits
 
     def encode(self, array: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
-        """The nearest codes of a tensor; a value half-way between two levels takes the lower."""
+        """The nearest codes of a tensor; half-way between two levels the even code wins (see `whet.numerics.levels`)."""
         scaled = array / spread(self.scale, array.shape, self.axis, self.group)
-        middles = (self.levels[..., 1:] + self.levels[..., :-1]) / 2
-        if middles.ndim == 1:
-            return np.searchsorted(middles, scaled, side="left").astype(np.int32)
-        codes = np.zeros(array.shape, np.int32)
+        if self.levels.ndim == 1:
+            codes: npt.NDArray[np.int32] = nearest_level(scaled, self.levels, xp=numpy_namespace)
+            return codes
+        below, not_above = np.zeros(array.shape, np.int32), np.zeros(array.shape, np.int32)
+        middles = self.levels[..., 1:] / 2 + self.levels[..., :-1] / 2
         for index in range(middles.shape[-1]):
-            codes += scaled > self._spread(middles[..., index], array.shape)
-        return codes
+            middle = self._spread(middles[..., index], array.shape)
+            below += middle < scaled
+            not_above += middle <= scaled
+        return np.where(below % 2 == 0, below, not_above)
 
     def decode(self, codes: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """What `codes` stand for."""
