@@ -52,7 +52,6 @@ def export_onnx(model: Any, plan: Plan | None, target: Target, path: Path, *, ex
 
 def build_onnx(model: Any, plan: Plan | None, target: Target, *, example: Any, dynamic: Any) -> tuple[Any, Any, Any]:
     """`(ONNX model, converted PyTorch model, inputs it was traced with)`; the arguments are those of `export_onnx`."""
-    require("onnxscript", "onnx", "Exporting to ONNX")
     work = ready(model, plan, target)
     inputs = at_least_two(to_tensors(example, torch.device("cpu"), torch.float32))
     program = trace_program(work, inputs, dynamic)
