@@ -59,8 +59,13 @@ class Family:
     @property
     def layer(self) -> str:
         """The layer that users name in keep and include."""
-        path, _, last = self.members[0].tensor.rpartition(".")
-        return path if path and ("weight" in last or "bias" in last) else self.members[0].tensor
+        return layer_named(self.members[0].tensor)
+
+
+def layer_named(tensor: str) -> str:
+    """The layer that users name: the path of the module whose weight or bias this is, else the tensor's own name."""
+    path, _, last = tensor.rpartition(".")
+    return path if path and ("weight" in last or "bias" in last) else tensor
 
 
 @dataclass(frozen=True, slots=True)

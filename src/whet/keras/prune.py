@@ -23,7 +23,7 @@ from whet.specs import OneShot, Prune, Random, from_dict, to_dict
 from whet.specs.base import check_integer
 
 
-def prune(model: Any, spec: Prune, *, masks: Masks) -> tuple[Masks, Step]:
+def prune(model: Any, spec: Prune, *, masks: Masks, data: Any = None) -> tuple[Masks, Step]:
     """*In place*: zero the least important weights at once. Weights masked before stay masked and count as removed.
 
     Raises:

@@ -18,6 +18,7 @@ from whet.errors import DataError, OutputError, SpecError
 from whet.files import check_writable, filling
 from whet.numerics.statistics import examples_needed
 from whet.pipeline.compressed import Compressed, as_metric, outputs_of, placement_record, start
+from whet.pipeline.pruning import prune_step
 from whet.pipeline.side import Model, side_of
 from whet.pipeline.verbs import expect
 from whet.records import Report
@@ -181,7 +182,7 @@ def run_recipe(recipe: Recipe, job: Job) -> Compressed:
                 progress=job.progress,
             )
         elif isinstance(step, Prune):
-            made.masks, record = made.side.prune(made.float_model, step, masks=made.masks)
+            record = prune_step(made, step, job.train)
         else:
             calibration = _some(job.train, CALIBRATION_EXAMPLES, job.seed)
             made.plan, record = made.side.quantize(

@@ -35,8 +35,13 @@ class Side(Protocol):
     def predict(self, model: Model, inputs: Any) -> Any:
         """Outputs in inference mode as NumPy arrays in the model's own structure; `inputs` as `Batches` yields them."""
 
-    def prune(self, model: Model, spec: Prune, *, masks: Masks) -> tuple[Masks, Step]:
+    def prune(self, model: Model, spec: Prune, *, masks: Masks, data: Batches | None = None) -> tuple[Masks, Step]:
         """*In place*: zero the least important weights. Weights masked before stay masked and count as removed."""
+
+    def remove(
+        self, model: Model, spec: Prune, *, example: Any, masks: Masks, data: Batches | None = None
+    ) -> tuple[Model, Masks, Step]:
+        """*In place* where it can be: remove channels or heads. The smaller model, masks without them, and what was done."""
 
     def train(
         self,

@@ -12,6 +12,7 @@ from whet.data import Batches
 from whet.errors import DataError, SpecError
 from whet.graph.summary import Summary
 from whet.pipeline.compressed import Compressed, as_metric, outputs_of, plain_model, start
+from whet.pipeline.pruning import groups, prune_step
 from whet.pipeline.side import Model, side_of
 from whet.records import Evidence
 from whet.specs import Distill, Int, Metric, Prune, Quantize, Recipe, Target, Train, find_target
@@ -78,23 +79,32 @@ def prune(
 ) -> Compressed:
     """Set the least important weights of a copy of `model` to zero: at once, or on a schedule while training with `fit`.
 
+    `Channel()` and `Head()` remove instead, and the result is checked against the original with what left silenced; they need
+    `example` or `train`, and with `fit` the smaller model is trained after. Criteria of gradients take `train` too.
+
     Raises:
         SpecError: a schedule without training, or one that cannot reach its target in the given steps.
-        ModelError: nothing would change.
+        ModelError: nothing would change, or the model's own code stands in the way (the operation is named).
     """
     expect("spec", spec, Prune)
     if fit is not None:
         if train is None:
             raise DataError("prune(fit=Train(…)) trains, and needs train= data.")
+        if spec.removes:
+            smaller = prune(model, spec, train=train, example=example, seed=seed)
+            options = {"train": train, "val": val, "metric": metric, "seed": seed, "device": device, "progress": progress}
+            return _fit(smaller, fit, teacher=plain_model(model) if fit.distill is not None else None, **options)
         together = replace(fit, apply=(*fit.apply, spec))
         options = {"example": example, "seed": seed, "device": device, "progress": progress}
         return _fit(model, together, train=train, val=val, metric=metric, **options)
     Recipe((spec,))  # refuses a schedule that needs training
     compressed = start(model, example=example, seed=seed)
-    if train is not None:
-        _see(compressed, Batches(train, "train"))
-    compressed.masks, step = compressed.side.prune(compressed.float_model, spec, masks=compressed.masks)
-    compressed.steps += (step,)
+    data = None if train is None else Batches(train, "train")
+    if data is not None:
+        _see(compressed, data)
+    elif compressed.example is not None:
+        compressed.example, _ = Batches([compressed.example], "example").first()
+    compressed.steps += (prune_step(compressed, spec, data),)
     return compressed
 
 
@@ -225,4 +235,4 @@ def expect(name: str, value: Any, kind: type) -> None:
         raise SpecError(f"{name} must be a whet.{kind.__name__}(…), got {value!r}.")
 
 
-__all__ = ["Metric", "Model", "distill", "fit", "inspect", "measure", "prune", "quantize"]
+__all__ = ["Metric", "Model", "distill", "fit", "groups", "inspect", "measure", "prune", "quantize"]

@@ -3,10 +3,13 @@
 from whet.torch.convert import convert
 from whet.torch.distill import soft_targets
 from whet.torch.export import export
+from whet.torch.groups import groups
 from whet.torch.inspect import inspect
 from whet.torch.model import copy, predict, validate
+from whet.torch.posttraining import quantize
 from whet.torch.prune import Pruner, prune
-from whet.torch.quantize import quantize, simulate
+from whet.torch.quantize import simulate
+from whet.torch.removal import remove
 from whet.torch.store import load_model, save_model
 from whet.torch.training import train
 
@@ -18,11 +21,13 @@ __all__ = [
     "convert",
     "copy",
     "export",
+    "groups",
     "inspect",
     "load_model",
     "predict",
     "prune",
     "quantize",
+    "remove",
     "save_model",
     "simulate",
     "soft_targets",

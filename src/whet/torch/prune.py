@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from whet.data import Batches
 from whet.errors import ModelError, SpecError
 from whet.graph.placement import selected, unmatched
 from whet.graph.views import Masks, WeightView
@@ -19,21 +20,24 @@ from whet.numerics.schedules import Ramp, lay
 from whet.records import Step
 from whet.specs import Fisher, OneShot, Prune, Random, from_dict, to_dict
 from whet.specs.base import check_integer
+from whet.torch.importance import gradients_for
 from whet.torch.namespace import xp
 from whet.torch.views import weight_views
 
 
-def prune(model: Any, spec: Prune, *, masks: Masks) -> tuple[Masks, Step]:
+def prune(model: Any, spec: Prune, *, masks: Masks, data: Batches | None = None) -> tuple[Masks, Step]:
     """*In place*: zero the least important weights at once. Weights masked before stay masked and count as removed.
 
     Raises:
-        SpecError: the schedule needs training.
+        SpecError: the schedule needs training, or the criterion data.
         ModelError: nothing would change.
     """
     if not isinstance(spec.schedule, OneShot):
-        raise SpecError("A Cubic schedule needs training: write Train(apply=[Prune(…, schedule=Cubic())]).")
+        name = type(spec.schedule).__name__
+        raise SpecError(f"A {name} schedule needs training: write Train(apply=[Prune(…, schedule={name}())]).")
     started = time.perf_counter()
     masker = Masker(model, spec, masks)
+    masker.gradients = gradients_for(model, spec.criterion, data)
     masker.renew(spec.fraction)
     step = Step(to_dict(spec), masker.changed(), masker.skipped, time.perf_counter() - started, unmatched=masker.unmatched)
     return masker.masks(), step
@@ -58,6 +62,7 @@ class Masker:
         self._spec = spec
         self._views: tuple[WeightView, ...] = ()
         self._before: dict[str, Histogram | None] = {}
+        self.gradients: dict[str, Any] = {}  # as `gradients_for` gives them; without, those that training left
         if spec is not None:
             self._select(model, spec)
         self.hold()
@@ -123,10 +128,10 @@ class Masker:
         if isinstance(criterion, Random):
             scores = torch.from_numpy(random_scores(criterion.seed, index, weight.shape)).to(weight.device).float()
         else:
-            gradient = view.array.grad
-            gradient = gradient if gradient is None else gradient.detach().to(weight.dtype)
-            if isinstance(criterion, Fisher) and gradient is not None:
-                gradient = gradient**2
+            gradient = self.gradients.get(view.name)
+            if gradient is None and view.array.grad is not None:
+                gradient = view.array.grad.detach().to(weight.dtype)
+                gradient = gradient**2 if isinstance(criterion, Fisher) else gradient
             scores = weight_importance(criterion, weight, gradient, xp=xp).float()
         old = self._removed.get(view.name)
         return scores if old is None else scores.masked_fill(old.to(scores.device), -torch.inf)

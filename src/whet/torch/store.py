@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from whet.errors import ModelError, RuntimeFileError
 from whet.specs.base import import_function
 from whet.torch.model import copy
+from whet.torch.surgery import SIZES, resize
 
 WEIGHTS = "model.safetensors"
 
@@ -20,7 +21,8 @@ WEIGHTS = "model.safetensors"
 def save_model(model: Any, folder: Path) -> dict[str, Any]:
     """Write the state of `model` to `folder`/model.safetensors, without pickle; a tied weight is written once.
 
-    The result is plain: `{"file", "class": "module:name", "training", "aliases": {name: the name it is stored under}}`.
+    The result is plain: `{"file", "class": "module:name", "training", "aliases": {name: the name it is stored under}}`, and
+    `"sizes": {module path: {attribute: value}}` where channels were removed.
 
     Raises:
         ModelError: the state holds something that is not a tensor.
@@ -46,7 +48,8 @@ def save_model(model: Any, folder: Path) -> dict[str, Any]:
         save_file(tensors, folder / WEIGHTS)
     except (SafetensorError, KeyError, ValueError) as cause:
         raise ModelError(f"The weights cannot be stored as safetensors: {cause}.") from cause
-    return {"file": WEIGHTS, "class": _class(model), "training": model.training, "aliases": aliases}
+    kept = {"file": WEIGHTS, "class": _class(model), "training": model.training, "aliases": aliases}
+    return kept | ({"sizes": getattr(model, SIZES)} if hasattr(model, SIZES) else {})
 
 
 def load_model(folder: Path, kept: dict[str, Any], model: Any) -> Any:
@@ -65,6 +68,8 @@ def load_model(folder: Path, kept: dict[str, Any], model: Any) -> Any:
     except (OSError, SafetensorError) as cause:
         raise RuntimeFileError(f"Cannot read the weights {str(folder / kept['file'])!r}: {cause}.") from cause
     state |= {alias: state[name] for alias, name in kept["aliases"].items()}
+    if "sizes" in kept:
+        resize(made, {name: tuple(tensor.shape) for name, tensor in state.items()}, kept["sizes"])
     _check(made, state, kept)
     # In each tensor's own dtype, so that what is read is what was written; `.data` keeps ties.
     for name, tensor in made.state_dict(keep_vars=True).items():

@@ -19,6 +19,7 @@ from whet.torch.attributes import Change, candidates, own_changes
 from whet.torch.groups import Reading
 from whet.torch.model import call, device_of, dtype_of, evaluating, to_numpy, to_tensors
 
+SIZES = "_whet_sizes"  # an attribute of the model: {module path: {attribute: value}} that removal has changed
 TOLERANCE = 1e-4  # of the largest output; float arithmetic in another order
 _HALF_TOLERANCE = 3e-2  # of 16-bit models
 _NAMED_APART = 4  # so many attribute names are tried in every combination
@@ -256,6 +257,34 @@ def slice_optimizer(optimizer: Any, replaced: Mapping[int, tuple[Any, Mapping[in
                     key: sliced(value, axes) if isinstance(value, torch.Tensor) and value.shape == old.shape else value
                     for key, value in state.items()
                 }
+
+
+def resize(model: Any, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, Mapping[str, Any]]) -> None:
+    """*In place*: give a model the smaller tensors and the attributes that removal gave another of its kind.
+
+    Values are lost: load them next. Tied tensors stay tied.
+
+    Raises:
+        ModelError: the model has no such module.
+    """
+    names = _names(model)
+    for name, shape in shapes.items():
+        for where, key in names.get(name, ())[:1]:
+            old = where[key]
+            if tuple(old.shape) == shape or old.ndim != len(shape):
+                continue
+            new = old.detach().new_zeros(shape)
+            new = torch.nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
+            for place, own in names[name]:
+                place[own] = new
+    modules = dict(model.named_modules())
+    for path, row in sizes.items():
+        if path not in modules:
+            raise ModelError(f"The model given has no module {path!r}, of which channels were removed before it was saved.")
+        for key, value in row.items():
+            attributes: dict[str, Any] = modules[path].__dict__
+            attributes[key] = tuple(value) if isinstance(attributes.get(key), tuple) else value
+    setattr(model, SIZES, {path: dict(row) for path, row in sizes.items()})
 
 
 def _names(model: Any) -> dict[str, list[tuple[dict[str, Any], str]]]:

@@ -1,0 +1,58 @@
+"""One pruning step of a `Compressed`: masks on its weights, or real removal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from whet.data import Batches
+from whet.errors import DataError, ModelError
+from whet.graph.groups import Groups
+from whet.graph.views import Masks
+from whet.pipeline.compressed import Compressed, plain_model
+from whet.pipeline.side import side_of
+from whet.records import Step
+from whet.specs import Prune
+
+_MASKS = "Masks need no graph: whet.prune(model, Prune(…))."
+
+
+def prune_step(compressed: Compressed, spec: Prune, data: Batches | None) -> Step:
+    """*In place*: prune the float model of `compressed` as `spec` says; `data` is for criteria that need gradients.
+
+    Raises:
+        DataError: removal follows channels and has no example to trace with.
+        ModelError: nothing would change.
+    """
+    if not spec.removes:
+        compressed.masks, step = compressed.side.prune(compressed.float_model, spec, masks=compressed.masks, data=data)
+        return step
+    if compressed.example is None:
+        raise DataError("Removing channels or heads traces the model and needs a batch: pass example= or train=.")
+    side: Any = compressed.side
+    if not hasattr(side, "remove"):
+        raise ModelError(f"Channels and heads of {side.FRAMEWORK} models cannot be removed. {_MASKS}")
+    removed: tuple[Any, Masks, Step] = side.remove(
+        compressed.float_model, spec, example=compressed.example, masks=compressed.masks, data=data
+    )
+    compressed.float_model, compressed.masks, step = removed
+    return step
+
+
+def groups(model: Any, example: Any) -> Groups:
+    """The coupling groups of `model`: what leaves together, what it holds and costs, and what stays and why. Prints as a table.
+
+    `example` is a batch's inputs. Channels of one group are the rows of a layer, its batch norm's numbers and the columns of
+    every layer that reads them.
+
+    Raises:
+        ModelError: the model's graph cannot be drawn.
+    """
+    plain = plain_model(model)
+    inputs, _ = Batches([example], "example").first()
+    side: Any = side_of(plain)
+    if not hasattr(side, "groups"):
+        raise ModelError(
+            f"The channels of {side.FRAMEWORK} models are not followed. Masks need no graph: whet.prune(model, Prune(…))."
+        )
+    found: Groups = side.groups(plain, inputs)
+    return found

@@ -1,0 +1,101 @@
+"""Channels and heads removed from a PyTorch model: read, scored, chosen, cut, checked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from whet.data import Batches
+from whet.errors import ModelError
+from whet.graph.groups import Gone, Groups
+from whet.graph.ids import IntArray
+from whet.graph.placement import unmatched
+from whet.graph.selection import choose, eligible
+from whet.graph.views import Masks
+from whet.records import Step
+from whet.specs import Prune, to_dict
+from whet.torch.attributes import Change
+from whet.torch.groups import read_model
+from whet.torch.importance import scores_of
+from whet.torch.surgery import SIZES, Surgeon, slice_optimizer
+
+
+def remove(
+    model: Any, spec: Prune, *, example: Any, masks: Masks | None = None, data: Batches | None = None, optimizer: Any = None
+) -> tuple[Any, Masks, Step]:
+    """*In place*: remove channels or heads of `model`; masks from before, and an optimizer's state, lose the same positions.
+
+    Raises:
+        ModelError: the model's graph cannot be drawn, nothing would leave, or the result is not the original with the
+            removed channels silenced.
+        SpecError: the criterion needs data.
+    """
+    started = time.perf_counter()
+    reading = read_model(model, example)
+    groups, surgeon = reading.groups, Surgeon(model, reading, example)
+    found = eligible(groups, spec)
+    refused = {row.family: row.reason for row in surgeon.refusals(found.families)}
+    families = [family for family in found.families if family.name not in refused]
+    skipped = [*found.skipped, *((f.layer, refused[f.name]) for f in found.families if f.name in refused)]
+    if not families:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:8])
+        raise ModelError(
+            f"Prune can remove nothing from this model ({reasons}). See whet.groups(model, example), or use rebuild='graph'."
+        )
+    gone = choose(groups, families, scores_of(model, families, spec.criterion, data), spec)
+    kept, before = groups.kept(gone), dict(model.named_parameters(remove_duplicate=False))
+    record(model, surgeon.remove(gone))
+    if optimizer is not None:
+        after = dict(model.named_parameters(remove_duplicate=False))
+        slice_optimizer(optimizer, {id(before[name]): (after[name], axes) for name, axes in kept.items() if name in before})
+    names = dict.fromkeys(name for name, _ in (*model.named_modules(), *before.items()) if name)
+    step = Step(
+        to_dict(spec),
+        changed(groups, gone),
+        tuple({"name": name, "reason": reason} for name, reason in dict.fromkeys(skipped)),
+        time.perf_counter() - started,
+        unmatched=tuple(unmatched(dict.fromkeys(names, ()), (*spec.keep, *(spec.include or ())))),
+    )
+    return model, cut_masks(masks or {}, kept), step
+
+
+def record(model: Any, changes: list[Change]) -> None:
+    """Keep what was set, so that saving and loading can set it again."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    sizes: dict[str, dict[str, Any]] = {path: dict(row) for path, row in getattr(model, SIZES, {}).items()}
+    for change in changes:
+        sizes.setdefault(paths[id(change.module)], {})[change.name] = change.value
+    setattr(model, SIZES, sizes)
+
+
+def changed(groups: Groups, gone: Gone) -> tuple[dict[str, Any], ...]:
+    """A row for each smaller parameter: `{"name", "parameters", "sparsity", "shape", "left"}`, shapes before and after."""
+    rows = []
+    for name, axes in groups.kept(gone).items():
+        held = groups.structure.held[name]
+        if held.is_parameter:
+            left = [len(axes[d]) if d in axes else n for d, n in enumerate(held.shape)]
+            size = int(np.prod(held.shape))
+            rows.append(
+                {
+                    "name": name,
+                    "parameters": size,
+                    "sparsity": 1 - int(np.prod(left)) / size,
+                    "shape": list(held.shape),
+                    "left": left,
+                }
+            )
+    return tuple(rows)
+
+
+def cut_masks(masks: Masks, kept: Mapping[str, Mapping[int, IntArray]]) -> Masks:
+    """Masks of tensors that have lost positions, without these."""
+    out = {}
+    for name, mask in masks.items():
+        for axis, positions in kept.get(name, {}).items():
+            mask = np.take(mask, positions, axis)
+        out[name] = np.ascontiguousarray(mask)
+    return out
