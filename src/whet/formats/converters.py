@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from whet.errors import ExportError, require
@@ -46,10 +46,11 @@ def reason(done: subprocess.CompletedProcess[bytes]) -> str:
     return f"{ended}{said[:600]}"
 
 
-def run_tflite(content: bytes, arrays: Sequence[npt.NDArray[np.generic]], name: str) -> list[list[npt.NDArray[np.generic]]]:
-    """Run a .tflite file on one row of `arrays` (its inputs, in its order) where its batch axis is open, and on all rows.
+Arrays = Sequence[npt.NDArray[Any]]
 
-    Returns the outputs of each run.
+
+def run_tflite(content: bytes, arrays: Arrays, name: str) -> list[npt.NDArray[Any]]:
+    """The outputs of a .tflite file for `arrays`, its inputs, in its order.
 
     Raises:
         ExportError: LiteRT cannot open or run it.
@@ -58,22 +59,17 @@ def run_tflite(content: bytes, arrays: Sequence[npt.NDArray[np.generic]], name: 
     try:
         with quiet():
             interpreter = package.Interpreter(model_content=content, num_threads=1)
-        details, results = interpreter.get_input_details(), interpreter.get_output_details()
-        opened = all(item["shape_signature"][0] == -1 for item in details if len(item["shape_signature"]))
-        found = []
-        for rows in (1, len(arrays[0])) if opened else (len(arrays[0]),):
+            details = interpreter.get_input_details()
             for item, array in zip(details, arrays, strict=True):
-                interpreter.resize_tensor_input(item["index"], array[:rows].shape)
-            with quiet():
-                interpreter.allocate_tensors()
-            for item, array in zip(details, arrays, strict=True):
-                interpreter.set_tensor(item["index"], array[:rows])
-            interpreter.invoke()
-            found.append([interpreter.get_tensor(item["index"]) for item in results])
+                interpreter.resize_tensor_input(item["index"], array.shape)
+            interpreter.allocate_tensors()
+        for item, array in zip(details, arrays, strict=True):
+            interpreter.set_tensor(item["index"], array.astype(item["dtype"]))
+        interpreter.invoke()
+        return [interpreter.get_tensor(item["index"]) for item in interpreter.get_output_details()]
     except (RuntimeError, ValueError) as cause:
         lines = str(cause).strip().splitlines() or [type(cause).__name__]
         raise ExportError(f"LiteRT cannot run the file made of the model {name!r}: {lines[0][:300]}") from cause
-    return found
 
 
 @contextmanager

@@ -71,7 +71,9 @@ def export_litert(model: Model, plan: Plan | None, target: Target, path: Path, *
         file.tensors[index].shape = [shape[0] or 1, *(size or int(given) for size, given in sizes)]
     content = file.to_bytes(input_names(program))
     path.write_bytes(content)
-    run_tflite(content, trial(program, arrange(model, example)), model.name)
+    arrays = trial(program, arrange(model, example))
+    for rows in (1, len(arrays[0])) if all(shape[:1] == [None] for shape in shapes if shape) else (len(arrays[0]),):
+        run_tflite(content, [array[:rows] for array in arrays], model.name)
 
 
 def shapes_of(program: Program, example: Any, dynamic: Any) -> list[list[int | None]]:

@@ -10,6 +10,7 @@ from whet.errors import ExportError
 from whet.graph.placement import Plan
 from whet.specs import Target
 from whet.torch.executorch_export import export_executorch
+from whet.torch.litert_export import export_litert
 from whet.torch.onnx_export import export_onnx
 from whet.torch.openvino_export import export_openvino
 from whet.torch.pt2_export import export_pt2
@@ -19,6 +20,7 @@ WRITERS: dict[str, Callable[..., None]] = {
     ".xml": export_openvino,
     ".pte": export_executorch,
     ".pt2": export_pt2,
+    ".tflite": export_litert,
 }
 
 
