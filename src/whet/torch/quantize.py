@@ -1,54 +1,25 @@
-"""Post-training quantization of PyTorch models: trace, calibrate, solve; and the simulation of what the target computes."""
+"""The simulation of what a target computes, and what a plan says about the tensors of a PyTorch model."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from whet.data import Batches
 from whet.errors import ModelError
 from whet.graph.placement import Plan
-from whet.graph.solve import solve
 from whet.numerics.affine import QParams, dynamic_rounded, fake_quantize, quantize_bias
-from whet.records import Step
-from whet.specs import Int, Quantize, Target, to_dict
+from whet.torch.arithmetic import Arithmetic
 from whet.torch.fold import fold_, folded_weights
 from whet.torch.interception import Call, Interceptor, Session, map_tensors, tensors_in
 from whet.torch.model import copy
 from whet.torch.namespace import xp
-from whet.torch.trace import check_calibration, trace
 
 Tensor = Any
 Codes = npt.NDArray[np.int32]
-
-
-def quantize(
-    model: Any, spec: Quantize, target: Target, *, calibration: Batches | None, example: Any, progress: bool
-) -> tuple[Plan, Step]:
-    """Trace `model`, calibrate, place and solve; `model` is untouched.
-
-    example: a batch's inputs as `Batches` yields them, to trace with. Ranges come from `calibration` alone.
-
-    Raises:
-        DataError: activations are quantized and there is no calibration data, or it reached none or not finite values.
-        ModelError: nothing would be quantized.
-    """
-    started = time.perf_counter()
-    needed = isinstance(spec.activations, Int)
-    check_calibration(calibration, needed)
-    traced = trace(model, example, calibration if needed else None, progress=progress)
-    solved = solve(traced.calibration, traced.weights, traced.biases, spec, _rules(target, spec))
-    listed = {row["name"] for row in solved.skipped}
-    skipped = [*solved.skipped, *({"name": n, "reason": why} for n, why in traced.skipped if n not in listed)]
-    unique = tuple({(row["name"], row["reason"]): row for row in skipped}.values())
-    step = Step(to_dict(spec), solved.changed, unique, time.perf_counter() - started, None, solved.unmatched)
-    return solved.plan, step
 
 
 def simulate(model: Any, plan: Plan) -> Any:
@@ -86,6 +57,7 @@ class ValueQuantizer(Interceptor):
     def __init__(self, model: Any, plan: Plan) -> None:
         super().__init__(model, dict(plan.folds))
         self.values, self.dynamic = plan.values, plan.dynamic
+        self.kernels = Arithmetic(plan)
 
     def round(self, tensor: Tensor, params: QParams) -> Tensor:
         """`tensor` rounded to the lattice of `params`."""
@@ -130,11 +102,14 @@ class ValueQuantizer(Interceptor):
             index = 1 if call.function == "addmm" else 0
             rounded = dynamic_rounded(call.argument(index, place).float(), self.dynamic[str(site)].bits, xp=xp)
             return call.with_argument(index, place, rounded.to(call.argument(index, place).dtype))()
-        return call()
+        note = self.kernels.before(session, call)
+        return self.kernels.after(call, call(), note)
 
     def _rounded(self, name: str, tensor: Tensor) -> Tensor:
         params = self.values.get(name)
-        return tensor if params is None else self.round(tensor, params)
+        if params is None:
+            return tensor
+        return self.kernels.rounded(self.round(self.kernels.exact(tensor, params), params), params)
 
 
 class Simulator(ValueQuantizer):
@@ -191,9 +166,3 @@ def bias_codes(bias: npt.NDArray[np.float32], plan: Plan, name: str) -> tuple[Co
     value, weight = plan.biases[name]
     scale = np.asarray(plan.values[value].scale * plan.weights[weight].scale, np.float32)
     return quantize_bias(bias, plan.values[value].scale, plan.weights[weight].scale), scale
-
-
-def _rules(target: Target, spec: Quantize) -> Target:
-    """With symmetric activations a ReLU is no part of the rounding (half of the codes lie below zero): it stands alone."""
-    symmetric = isinstance(spec.activations, Int) and spec.activations.symmetric
-    return replace(target, fused=frozenset()) if symmetric and not target.signed_activations else target
