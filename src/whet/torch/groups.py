@@ -63,6 +63,7 @@ def read_model(model: Any, example: Any) -> Reading:
 def _structure(model: Any, program: Any) -> Structure:
     structure, values, constants = Structure(), {}, set()
     named, saved = _held_by_placeholder(model, program), set(model.state_dict())
+    read_names = {named[n.name][0] for n in program.graph.nodes if n.op == "placeholder" and n.users and n.name in named}
     for node in program.graph.nodes:
         if node.op == "placeholder":
             held = named.get(node.name)
@@ -73,6 +74,8 @@ def _structure(model: Any, program: Any) -> Structure:
                 values[node] = structure.hold(name, tensor.shape, itemsize=tensor.element_size(), is_parameter=is_parameter)
                 if not is_parameter and name not in saved:
                     structure.fix(values[node], "a buffer that is not saved with the model")
+                if name not in read_names:
+                    structure.fix(values[node], "never read by the example")
                 constants.add(node)
         elif node.op == "call_function":
             values[node] = _result(structure, node, values, constants)

@@ -33,7 +33,7 @@ def remove(
             removed channels silenced.
         SpecError: the criterion needs data.
     """
-    started = time.perf_counter()
+    started, plain = time.perf_counter(), to_dict(spec)
     reading = read_model(model, example)
     groups, surgeon = reading.groups, Surgeon(model, reading, example)
     found = eligible(groups, spec)
@@ -53,7 +53,7 @@ def remove(
         slice_optimizer(optimizer, {id(before[name]): (after[name], axes) for name, axes in kept.items() if name in before})
     names = dict.fromkeys(name for name, _ in (*model.named_modules(), *before.items()) if name)
     step = Step(
-        to_dict(spec),
+        plain,
         changed(groups, gone),
         tuple({"name": name, "reason": reason} for name, reason in dict.fromkeys(skipped)),
         time.perf_counter() - started,
