@@ -34,6 +34,14 @@ class TargetError(WhetError, ValueError):
     """The target is unknown or cannot take what was asked of it."""
 
 
+class BudgetError(WhetError, ValueError):
+    """No choice fits the budget. `least` is the least that can be reached, in the budget's unit."""
+
+    def __init__(self, message: str, least: float = float("nan")) -> None:
+        super().__init__(message)
+        self.least = least
+
+
 class ExportError(WhetError, RuntimeError):
     """A file could not be exported, or the exported file does not do what it must."""
 
