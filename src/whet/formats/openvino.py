@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from whet.errors import ExportError, require
+from whet.formats import onnx_external
 
 _NUMBERED = re.compile(r"[A-Z][A-Za-z]+_\d+")  # what OpenVINO calls an operator that bears no name
 
@@ -35,11 +36,11 @@ def from_onnx(source: Path, path: Path, *, half: bool = False) -> None:
     float_biases(model.graph)
     with tempfile.TemporaryDirectory(prefix="whet-") as folder, _quietly():
         rewritten = Path(folder) / "model.onnx"
-        large = model.ByteSize() > 2**30
-        onnx.save_model(model, str(rewritten), save_as_external_data=large)
+        halves = _halves(model.graph)
+        onnx_external.save(model, rewritten)
         try:
             converted = openvino.convert_model(str(rewritten))
-            _keep_halves(converted, model.graph)
+            _keep_halves(converted, halves)
             openvino.save_model(converted, str(path), compress_to_fp16=half)
         except Exception as cause:
             if isinstance(cause, OSError):
@@ -66,8 +67,8 @@ def float_biases(graph: Any) -> None:
             graph.initializer.remove(item)
 
 
-def _keep_halves(converted: Any, graph: Any) -> None:
-    """*In place*: what the ONNX file stores in 16 bits is stored so again; OpenVINO's converter has made it float32."""
+def _halves(graph: Any) -> dict[bytes, tuple[Any, Any]]:
+    """What an ONNX graph stores in 16 bits: the values as float32 -> the 16 bits and OpenVINO's name for the type."""
     openvino = require("openvino", "openvino", "Writing OpenVINO files")
     onnx = require("onnx", "openvino", "Writing OpenVINO files")
     kinds = {onnx.TensorProto.FLOAT16: openvino.Type.f16, onnx.TensorProto.BFLOAT16: openvino.Type.bf16}
@@ -76,6 +77,12 @@ def _keep_halves(converted: Any, graph: Any) -> None:
         if item.data_type in kinds:
             array = np.ascontiguousarray(onnx.numpy_helper.to_array(item))
             found[array.astype(np.float32).tobytes()] = (array, kinds[item.data_type])
+    return found
+
+
+def _keep_halves(converted: Any, found: dict[bytes, tuple[Any, Any]]) -> None:
+    """*In place*: what the ONNX file stores in 16 bits is stored so again; OpenVINO's converter has made it float32."""
+    openvino = require("openvino", "openvino", "Writing OpenVINO files")
     constants = [node for node in converted.get_ops() if node.get_type_name() == "Constant"] if found else []
     for node in constants:
         if node.get_element_type() != openvino.Type.f32 or node.data.tobytes() not in found:

@@ -22,6 +22,7 @@ import keras
 import numpy as np
 
 from whet.errors import ExportError, MissingExtraError, require
+from whet.formats import onnx_external
 from whet.formats.converters import reason
 from whet.graph.placement import Plan
 from whet.keras import onnx_worker
@@ -36,7 +37,6 @@ from whet.numerics.affine import QParams
 from whet.specs import Target
 
 _WORKER_SECONDS = 1800
-_LARGEST = 2**31 - 2**20  # bytes of one protobuf message
 _TOLERANCE = 1e-3  # of the largest output: what float kernels may differ by
 _IR = 10
 _OPSET, _OPSET_WIDE = 18, 21  # the latter has codes of 16 bits
@@ -62,7 +62,7 @@ def export_onnx(model: Model, plan: Plan | None, target: Target, path: Path, *, 
         MissingExtraError: the extra `onnx` is not installed, or PyTorch where a layer needs it.
     """
     built = build_onnx(model, plan, example=example, dynamic=dynamic)
-    path.write_bytes(built.proto.SerializeToString())
+    onnx_external.save(built.proto, path)
     compare_runs(built, lambda arrays: _run_file(path, built, arrays))
 
 
@@ -70,7 +70,7 @@ def build_onnx(model: Model, plan: Plan | None, *, example: Any, dynamic: Any = 
     """The ONNX model, not yet run.
 
     Raises:
-        ExportError: a layer has no ONNX form, or the model is too large for one file.
+        ExportError: a layer has no ONNX form.
         MissingExtraError: the extra `onnx` is not installed, or PyTorch where a layer needs it.
     """
     require("onnx", "onnx", "Exporting to ONNX")
@@ -78,8 +78,6 @@ def build_onnx(model: Model, plan: Plan | None, *, example: Any, dynamic: Any = 
     arranged = arrange(model, example)
     shapes = shapes_of(program, arranged, dynamic)
     proto = onnx_model(program, plan, shapes, dynamic, model)
-    if proto.ByteSize() > _LARGEST:
-        raise ExportError(f"The file would have {proto.ByteSize():,} bytes; one ONNX file holds 2 GB. Quantize its weights.")
     expected = keras.tree.flatten(predict(assemble(program) if plan is None else simulate(model, plan), arranged))
     opened = all(shape[0] is None for shape in shapes if shape)
     return Built(proto, input_names(program), trial(program, arranged), expected, opened, plan is not None)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from whet.errors import ExportError, require
+from whet.formats import onnx_external
 from whet.formats.openvino import from_onnx
 from whet.graph.placement import Plan
 from whet.keras.clone import Model
@@ -23,11 +24,11 @@ def export_openvino(model: Model, plan: Plan | None, target: Target, path: Path,
         MissingExtraError: OpenVINO or onnx is not installed.
     """
     openvino = require("openvino", "openvino", "Exporting to OpenVINO")
-    onnx = require("onnx", "openvino", "Exporting to OpenVINO")
+    require("onnx", "openvino", "Exporting to OpenVINO")
     built = build_onnx(model, plan, example=example, dynamic=dynamic)
     with tempfile.TemporaryDirectory(prefix="whet-") as folder:
         source = Path(folder) / "model.onnx"
-        onnx.save_model(built.proto, str(source))
+        onnx_external.save(built.proto, source)
         from_onnx(source, path)
     compare_runs(built, lambda arrays: _run(openvino, path, built, arrays))
 

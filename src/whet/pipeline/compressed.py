@@ -18,6 +18,7 @@ from whet.graph.views import Masks
 from whet.numerics.metrics import default_metric
 from whet.pipeline.side import Model, Side, side_of
 from whet.records import FORMAT, Evidence, Report, Step
+from whet.runtimes.sessions import companion_of, parts
 from whet.specs import Metric, Target, find_target
 
 
@@ -108,6 +109,10 @@ class Compressed:
             raise ModelError("export() traces the model and needs example inputs. Pass example= to the verb that made it.")
         with replacing(path, overwrite=overwrite) as temporary:
             self.side.export(self.float_model, self.plan, rules, temporary, example=self.example, dynamic=dynamic)
+            written = {part.name for part in parts(temporary)}
+        stale = companion_of(Path(path))
+        if stale is not None and stale.name not in written:  # the weights of the larger file that was here before
+            stale.unlink(missing_ok=True)
         return Path(path)
 
     def measure(

@@ -88,6 +88,9 @@ def create(path: Path, threads: int, optimized: Path | None = None) -> Any:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+        if path.with_name(f"{path.name}.data").is_file():  # too large for one file, and so is the optimized graph
+            entry = "session.optimized_model_external_initializers_file_name"
+            options.add_session_config_entry(entry, f"{optimized.name}.data")
     try:
         return runtime.InferenceSession(str(path), options, providers=list(PROVIDERS))
     except Exception as cause:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from whet.errors import ExportError, require
+from whet.formats import onnx_external
 from whet.formats.openvino import from_onnx
 from whet.graph.placement import Plan
 from whet.specs import Target
@@ -27,11 +28,11 @@ def export_openvino(model: Any, plan: Plan | None, target: Target, path: Path, *
         MissingExtraError: the extra `openvino` is not installed.
     """
     openvino = require("openvino", "openvino", "Exporting to OpenVINO")
-    onnx = require("onnx", "openvino", "Exporting to OpenVINO")
+    require("onnx", "openvino", "Exporting to OpenVINO")
     proto, work, inputs = build_onnx(model, plan, target, example=example, dynamic=dynamic)
     with tempfile.TemporaryDirectory(prefix="whet-") as folder:
         source = Path(folder) / "model.onnx"
-        onnx.save_model(proto, str(source), save_as_external_data=proto.ByteSize() > 2**30)
+        onnx_external.save(proto, source)
         del proto
         from_onnx(source, path)
     try:
