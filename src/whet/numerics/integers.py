@@ -14,6 +14,7 @@ from math import frexp
 import numpy as np
 import numpy.typing as npt
 
+from whet.numerics.affine import QParams
 from whet.numerics.namespace import Array, Namespace
 
 LEAST_FACTOR, FACTOR_LIMIT = 2.0**-32, 256.0  # between these XNNPACK takes requantization factors
@@ -74,3 +75,17 @@ def fixed_point_sum(left: Array, right: Array, multipliers: SumMultipliers, *, x
     low = left * float(multipliers.left % unit) + right * float(multipliers.right % unit)
     total = high + xp.floor(low / float(unit))
     return xp.floor(total / 2.0 ** (multipliers.shift - _LOW) + 0.5)
+
+
+_TIE = 1e-4  # what float arithmetic may take from a mean that is half a code
+
+
+def round_away(x: Array, params: QParams, *, xp: Namespace) -> Array:
+    """Codes, before the zero point is added, of averages of codes: halves of the signed codes go away from zero.
+
+    LiteRT's average pooling does so; x: the average in real units.
+    """
+    zero_point = float(params.zero_point) - (0.0 if params.spec.symmetric else 2.0 ** (params.spec.bits - 1))
+    signed = x / float(params.scale) + zero_point
+    size = xp.floor(xp.abs(signed) + (0.5 + _TIE))
+    return xp.where(signed < 0, -size, size) - zero_point

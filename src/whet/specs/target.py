@@ -107,6 +107,8 @@ TARGETS: dict[str, Target] = {
             suffix=".pte",
             signed_activations=True,
             quantized=frozenset({"add", "mul", "concat", "global_avg_pool"}),
+            requantizes=True,
+            sum_bits=XNNPACK_SUM_BITS,
         ),
         Target(
             "openvino",
@@ -122,7 +124,7 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             "litert",
-            frameworks=("keras",),
+            frameworks=("keras", "torch"),
             runtime="litert",
             extra="litert",
             suffix=".tflite",
