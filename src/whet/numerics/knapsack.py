@@ -182,6 +182,8 @@ def _merged(table: _Table, budget: int, multiplier: float, known: float, width: 
         history.append(((alive % weight.size).astype(np.int32), usable[alive // weight.size]))
         weight, cost = heavier[alive], dearer[alive]
     state = weight.size - 1  # the cheapest: costs fall as weights rise
+    if not cost[state] < known:  # a bound counts what the budget has left, the cost does not
+        return None, complete
     columns = np.zeros(len(history), np.int64)
     for item in range(len(history) - 1, -1, -1):
         parents, taken = history[item]
