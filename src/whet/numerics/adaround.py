@@ -88,9 +88,9 @@ def adaround(
 
     scale: (rows, 1) or (rows, groups), zero point 0. The error of a row is counted in squared steps,
     `E / (s² mean(diag H))`, and `strength` times the regularizer is added; Adam takes `steps` steps along
-    `2 s (Ŵ H − B) h'(V)`, the exact gradient. With a weaker regularizer codes
-    are undecided at the end, and chance rounds them. There is nothing random in it. polish: coordinate descent at the end, whose
-    codes may leave the two neighbours of a weight. A row never ends worse than rounded to nearest.
+    `2 s (Ŵ H − B) h'(V)`, the exact gradient. With a weaker regularizer codes are undecided at the end, and chance rounds
+    them. There is nothing random in it. polish: coordinate descent at the end, whose codes may leave the two neighbours
+    of a weight. A row never ends worse than rounded to nearest.
     """
     exact = np.asarray(weight, np.float64)
     shape = (exact.shape[0], exact.shape[1])

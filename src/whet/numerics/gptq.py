@@ -52,14 +52,12 @@ def gptq(
     Raises:
         ModelError: no damping makes H positive definite (it holds NaN, or is no matrix of moments).
     """
-    diagonal = np.einsum("ii->i", np.asarray(hessian, np.float64))
-    columns = weight.shape[1]
-    order = np.argsort(-diagonal, kind="stable") if activation_order else np.arange(columns)
+    order = np.argsort(-np.einsum("ii->i", hessian), kind="stable") if activation_order else np.arange(weight.shape[1])
     factor, used = damped_factor(hessian, damping, order)
-    values = np.ascontiguousarray(weight.T[order])
-    codes, rounded = _sweep(values, factor.astype(weight.dtype), rounder, order, block)
-    back = np.argsort(order)
-    return Rounded(np.ascontiguousarray(codes[back].T), np.ascontiguousarray(rounded[back].T), used)
+    ratio = np.empty(factor.shape, weight.dtype)
+    np.divide(factor, np.einsum("ii->i", factor), out=ratio, casting="same_kind")  # R_ik / R_kk
+    codes, rounded = _sweep(weight, ratio, rounder, order, block)
+    return Rounded(codes.T, rounded.T, used)
 
 
 def least_squares_target(quadratic: Quadratic) -> Float64s:
@@ -82,37 +80,35 @@ def damped_factor(hessian: Floats, damping: float, order: Columns) -> tuple[Floa
     Raises:
         ModelError: H holds NaN or Inf, or λ = 1000 does not do.
     """
-    exact = np.array(np.asarray(hessian, np.float64)[np.ix_(order[::-1], order[::-1])])
-    if not np.all(np.isfinite(exact)):
+    if not np.isfinite(np.sum(hessian)):
         raise ModelError("The moments of a layer's inputs hold NaN or Inf. Check the calibration data and earlier weights.")
-    mean = mean_diagonal(exact)
-    dead = np.einsum("ii->i", exact) <= 0
-    exact[dead, :] = exact[:, dead] = 0.0
+    backwards = order[::-1]
+    exact: Float64s = np.take(np.take(np.asarray(hessian, np.float64), backwards, axis=0), backwards, axis=1)
     diagonal = np.einsum("ii->i", exact)
-    diagonal[dead] = mean
-    used = damping
+    mean, dead = mean_diagonal(exact), np.flatnonzero(diagonal <= 0)
+    if dead.size:
+        exact[dead, :] = exact[:, dead] = 0.0
+        diagonal[dead] = mean
+    undamped, used = diagonal.copy(), damping
     while used <= MOST_DAMPING:
-        shifted = exact.copy()
-        np.einsum("ii->i", shifted)[:] += used * mean
+        diagonal[:] = undamped + used * mean
         try:
-            lower = np.linalg.cholesky(shifted)
+            return np.asarray(np.linalg.cholesky(exact), np.float64)[::-1, ::-1], used
         except np.linalg.LinAlgError:
             used = max(used * 10, 1e-6)
-            continue
-        return np.ascontiguousarray(lower[::-1, ::-1]), used
     raise ModelError(f"No damping up to {MOST_DAMPING:g} makes the moments of a layer's inputs positive definite.")
 
 
-def _sweep(values: Floats, factor: Floats, rounder: Rounder, order: Columns, block: int) -> tuple[Codes, Floats]:
-    """Codes and rounded values, (columns, rows), of `values` (columns, rows), which stand in `order`."""
-    columns, rows = values.shape
-    ratio = factor / np.einsum("ii->i", factor)  # R_ik / R_kk
+def _sweep(weight: Floats, ratio: Floats, rounder: Rounder, order: Columns, block: int) -> tuple[Codes, Floats]:
+    """Codes and rounded values, both (columns, rows), of `weight` (rows, columns); ratio: `R_ik / R_kk`, i and k in `order`."""
+    rows, columns = weight.shape
     codes = np.empty((columns, rows), np.int32)
-    rounded = np.empty_like(values)
-    missed = np.zeros_like(values)  # w − ŵ
+    rounded = np.empty((columns, rows), weight.dtype)
+    missed = np.empty((columns, rows), weight.dtype)  # w − ŵ, in `order`
     for start in range(0, columns, block):
         end = min(start + block, columns)
-        wanted = values[start:end] + ratio[:start, start:end].T @ missed[:start]
+        values = np.ascontiguousarray(weight[:, order[start:end]].T)
+        wanted = values + ratio[:start, start:end].T @ missed[:start]
         for inner in range(start, end, INNER):
             stop = min(inner + INNER, end)
             if inner > start:
@@ -121,7 +117,7 @@ def _sweep(values: Floats, factor: Floats, rounder: Rounder, order: Columns, blo
                 now = wanted[k - start]
                 if k > inner:
                     now = now + ratio[inner:k, k] @ missed[inner:k]
-                found, value = rounder(now[:, None], order[k : k + 1])
-                codes[k], rounded[k] = found[:, 0], value[:, 0]
-                missed[k] = values[k] - rounded[k]
+                code, value = rounder(now[:, None], order[k : k + 1])
+                codes[order[k]], rounded[order[k]] = code[:, 0], value[:, 0]
+                np.subtract(values[k - start], value[:, 0], out=missed[k])
     return codes, rounded

@@ -44,12 +44,18 @@ def integer_rounder(
             raise SpecError(
                 f"{name} has {table.shape[1]} groups for {groups} groups of columns; give one for each or one for all."
             )
-    scales = np.maximum(scales, SCALE_FLOOR)
+    scales = np.asfortranarray(np.maximum(scales, SCALE_FLOOR))
+
+    symmetric = not np.any(zeros)
 
     def round_columns(values: Floats, columns: Columns) -> tuple[Codes, Floats]:
         step = _pick(scales, of_column, columns).astype(values.dtype)
+        codes = np.round(values / step)
+        if symmetric:
+            np.clip(codes, qmin, qmax, out=codes)
+            return codes.astype(np.int32), codes * step
         zero = _pick(zeros, of_column, columns).astype(values.dtype)
-        codes = np.clip(np.round(values / step) + zero, qmin, qmax)
+        np.clip(codes + zero, qmin, qmax, out=codes)
         return codes.astype(np.int32), (codes - zero) * step
 
     return round_columns
@@ -111,8 +117,14 @@ def _matrix(values: npt.ArrayLike, rows: int, name: str) -> npt.NDArray[np.float
         array = array.reshape(-1, 1)
     if array.ndim != 2 or array.shape[0] not in (1, rows):
         raise SpecError(f"{name} must be one for all, (rows,) or (rows, groups) with {rows} rows, got {array.shape}.")
-    return array
+    return np.asfortranarray(array)
 
 
 def _pick(table: npt.NDArray[np.float64], of_column: Columns, columns: Columns) -> npt.NDArray[np.float64]:
-    return table if table.shape[1] == 1 else table[:, of_column[columns]]
+    """What belongs to `columns`, (rows, k) or (rows, 1). `table` lies in memory group by group: one column is one piece."""
+    if table.shape[1] == 1:
+        return table
+    if len(columns) == 1:
+        group = int(of_column[columns[0]])
+        return table[:, group : group + 1]
+    return table[:, of_column[columns]]
