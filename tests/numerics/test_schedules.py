@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,7 +12,8 @@ from hypothesis import strategies as st
 
 from whet.errors import SpecError
 from whet.numerics.schedules import lay
-from whet.specs import Cubic, OneShot, Prune
+from whet.numerics.schedules import ramp as ramp_at
+from whet.specs import Cosine, Cubic, Exponential, Iterative, Linear, OneShot, Prune
 
 
 def test_textbook_cubic() -> None:
@@ -62,3 +65,32 @@ def test_a_ramp_longer_than_training_is_an_error_that_says_what_to_change() -> N
         lay(Prune(0.8, schedule=Cubic()), 10)
     with pytest.raises(SpecError):
         lay(Prune(0.8, schedule=Cubic()), 1)
+
+
+def test_every_schedule_by_its_formula() -> None:
+    final, at = 0.8, (0.0, 0.25, 0.5, 1.0)
+    expected = {
+        Linear(): [0.0, 0.2, 0.4, 0.8],
+        Cubic(): [0.0, 0.8 * (1 - 0.75**3), 0.7, 0.8],
+        Cosine(): [0.0, 0.8 * (1 - math.cos(math.pi / 4)) / 2, 0.4, 0.8],
+        Exponential(): [0.0, 1 - 0.2**0.25, 1 - 0.2**0.5, 0.8],
+        Iterative(): [0.0, 1 - 0.2**0.25, 1 - 0.2**0.5, 0.8],
+    }
+    for schedule, values in expected.items():
+        assert [ramp_at(schedule, final, t) for t in at] == pytest.approx(values), schedule
+        started = replace(schedule, initial=0.3)
+        assert ramp_at(started, final, 0.0) == pytest.approx(0.3) and ramp_at(started, final, 1.0) == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("schedule", [Linear(), Cosine(), Exponential(), Iterative(rounds=4)])
+def test_every_schedule_rises_and_reaches_its_target(schedule) -> None:
+    laid = lay(Prune(0.75, schedule=schedule), 101)
+    seen = [laid.sparsity(step) for step in range(101)]
+    assert all(b >= a for a, b in pairwise(seen)) and seen[0] == 0 and seen[-1] == 0.75 and seen[laid.end] == 0.75
+    if isinstance(schedule, Iterative):
+        assert [round(s, 4) for s in dict.fromkeys(seen)] == [round(1 - 0.25 ** (k / 4), 4) for k in range(5)]
+
+
+def test_rounds_that_do_not_fit_are_an_error() -> None:
+    with pytest.raises(SpecError, match="cannot go 9 rounds: it has 6 of 10 training steps"):
+        lay(Prune(0.8, schedule=Iterative(rounds=9)), 10)

@@ -1,0 +1,33 @@
+"""Regrowth: a mask that moves while its sparsity stays (Evci et al. 2020, RigL, arXiv:1911.11134)."""
+
+from __future__ import annotations
+
+import math
+
+from whet.numerics.masks import mask_lowest
+from whet.numerics.namespace import Array, Namespace
+
+
+def drop_fraction(step: int, end: int, *, initial: float = 0.3) -> float:
+    """`α/2 · (1 + cos(t π / T_end))`, 0 from `end` on (RigL, section 3, "Update schedule")."""
+    return 0.0 if step >= end else initial / 2 * (1 + math.cos(math.pi * step / end))
+
+
+def rigl(weight: Array, gradient: Array, mask: Array, fraction: float, *, xp: Namespace) -> Array:
+    """The mask after one update: of the kept weights `fraction` with the least `|w|` are dropped, and as many grow.
+
+    Those grow that are not kept and have the largest `|∂L/∂w|`; what was dropped just now may not grow back before all others
+    have. Ties go by position, the first of equal weights dropped first and grown last. Shapes are equal; mask is 1 where kept.
+    The number of ones stays.
+    """
+    shape = tuple(int(n) for n in mask.shape)
+    size, kept = math.prod(shape), int(xp.sum(mask))
+    count = min(round(fraction * kept), size - kept)
+    if count == 0:
+        return mask
+    infinite = xp.full_like(weight, math.inf)
+    # Gone weights rank below all that are kept, so that removing size - kept + count leaves the largest kept ones.
+    after_drop = mask_lowest(xp.where(mask > 0, xp.abs(weight), -infinite), size - kept + count, xp=xp)
+    dropped = (mask > 0) & (after_drop == 0)
+    growth = xp.where(after_drop > 0, infinite, xp.where(dropped, xp.full_like(weight, -1.0), xp.abs(gradient)))
+    return mask_lowest(growth, size - kept, xp=xp)
