@@ -74,6 +74,7 @@ def lay(spec: Prune, steps: int) -> Ramp:
                 f"The pruning schedule cannot go {schedule.rounds} rounds: it has {max(end - begin, 0)} of {steps} training "
                 "steps. Train longer, raise Iterative.end or lower Iterative.rounds."
             )
+        end = begin + frequency * schedule.rounds  # so that all rounds are of one length
     elif end - begin < frequency:
         name = type(schedule).__name__
         raise SpecError(
