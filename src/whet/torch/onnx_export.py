@@ -11,6 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from whet.errors import ExportError, require
+from whet.formats import onnx_external
 from whet.graph.placement import Plan
 from whet.specs import Target
 from whet.torch.file_check import check_runs, output_names
@@ -28,25 +29,22 @@ from whet.torch.program import (
     trace_program,
 )
 
-_LARGEST = 2**31 - 2**20  # bytes of one protobuf message
-
 
 def export_onnx(model: Any, plan: Plan | None, target: Target, path: Path, *, example: Any, dynamic: Any = None) -> None:
     """Write `model` as an ONNX file at `path`: float without a plan, else as `convert` stores it.
 
     example: a batch's inputs as `Batches` yields them. dynamic: None makes the first axis of every input the batch axis,
     of any size; False keeps the example's shapes; `{input name: {axis: name}}` names the axes that vary. The file computes
-    in float32 where it does not compute in integers; a 16-bit model is stored in 16 bits and cast.
+    in float32 where it does not compute in integers; a 16-bit model is stored in 16 bits and cast. Weights that one file
+    cannot hold (2 GB) are written beside it, in `{name}.data`.
 
     Raises:
         ExportError: the model cannot be traced (control flow that depends on values), or the file does not do what it must.
         MissingExtraError: the extra `onnx` is not installed.
     """
-    onnx = require("onnx", "onnx", "Exporting to ONNX")
     proto, work, inputs = build_onnx(model, plan, target, example=example, dynamic=dynamic)
-    if proto.ByteSize() > _LARGEST:
-        raise ExportError(f"The file would have {proto.ByteSize():,} bytes; one ONNX file holds 2 GB. Quantize its weights.")
-    onnx.save_model(proto, str(path))
+    onnx_external.save(proto, path)
+    del proto
     check_runs(work, lambda batch: _run_file(path, batch), path, inputs, dynamic, quantized=plan is not None)
 
 
