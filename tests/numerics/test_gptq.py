@@ -99,6 +99,22 @@ def test_singular_moments_and_dead_columns(seed, columns, samples, dead) -> None
     np.testing.assert_array_equal(found.codes[:, dead % columns], rounder(weight, np.arange(columns))[0][:, dead % columns])
 
 
+def test_a_dead_column_alone_needs_no_damping() -> None:
+    weight, hessian = problem(10, columns=6)
+    hessian[2] = hessian[:, 2] = 0.0
+    rounder = integer_rounder(absmax_scale(weight, -8, 7), -8, 7, shape=weight.shape)
+    found = gptq(weight, hessian, rounder, damping=0.0)
+    alive = np.array([0, 1, 3, 4, 5])
+    assert found.damping == 0.0
+    others = gptq(
+        weight[:, alive],
+        hessian[np.ix_(alive, alive)],
+        integer_rounder(absmax_scale(weight, -8, 7), -8, 7, shape=(6, 5)),
+        damping=0.0,
+    )
+    np.testing.assert_array_equal(found.codes[:, alive], others.codes)
+
+
 def test_damping_is_raised_until_the_factor_exists_and_reported() -> None:
     weight, _ = problem(2, columns=6)
     x = np.ones((4, 6))
