@@ -2,7 +2,7 @@ import importlib.util
 
 import pytest
 
-from whet.runtimes.targets import FRAMEWORKS, RUN, WRITE, available
+from whet.runtimes.targets import FRAMEWORKS, RUN, WRITE, available, needed
 from whet.specs.target import TARGETS
 
 
@@ -24,7 +24,7 @@ def test_what_is_installed_is_ready():
 
 def uses(target, modules):
     """Whether the target lacks something without `modules`: to run, to write, or of every framework that writes it."""
-    frameworks = [set(FRAMEWORKS[name]) & set(modules) for name in target.frameworks]
+    frameworks = [set(needed(target, name)) & set(modules) for name in target.frameworks]
     return bool(set(modules) & {*RUN[target.runtime], *WRITE[target.runtime]}) or all(frameworks)
 
 
@@ -36,7 +36,7 @@ def uses(target, modules):
         (("torch", "keras"), "onnxruntime", True, "pip install 'whet[torch]'"),
         (("torch", "keras", "onnx"), "onnxruntime-portable", False, "pip install 'whet[torch,onnx]'"),
         (("ai_edge_litert",), "litert", False, "pip install 'whet[litert]'"),
-        (("tensorflow",), "litert", True, "pip install 'whet[keras]'"),
+        (("tensorflow", "litert_torch"), "litert", True, "pip install 'whet[keras]'"),
         (("torch",), "torch", False, "pip install 'whet[torch]'"),
     ],
 )

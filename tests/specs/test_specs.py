@@ -396,7 +396,8 @@ def test_targets() -> None:
         find_target(3, "keras")  # type: ignore[arg-type]
     with pytest.raises(
         TargetError,
-        match=r"'litert' is written from keras models, and this one is a torch model. Targets for torch: .*onnxruntime",
+        match=r"'tensorflow' is written from keras models, and this one is a torch model. Targets for torch: .*onnxruntime",
     ):
-        find_target("litert", "torch")
+        find_target("tensorflow", "torch")
+    assert find_target("litert", "torch") is TARGETS["litert"]
     assert isinstance(TARGETS["litert"], Target)

@@ -27,6 +27,7 @@ WRITE = {
     "tensorflow": (),
 }
 FRAMEWORKS = {"torch": ("torch",), "keras": ("keras", "tensorflow")}
+BESIDES = {("litert", "torch"): ("litert_torch",)}  # what one framework needs besides to write a runtime's files
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +59,18 @@ def available() -> list[Availability]:
     return [_look(target) for target in TARGETS.values()]
 
 
+def needed(target: Target, framework: str) -> tuple[str, ...]:
+    """The modules with which models of `framework` are written for `target`, beside those that every framework needs."""
+    return FRAMEWORKS[framework] + BESIDES.get((target.runtime, framework), ())
+
+
 def _look(target: Target) -> Availability:
     def lacking(modules: tuple[str, ...]) -> list[str]:
         return [module for module in modules if find_spec(module) is None]
 
     run, write = lacking(RUN[target.runtime]), lacking(WRITE[target.runtime])
     # One of its frameworks is enough; what the first of them lacks is what an empty machine is told to install.
-    found = [name for name in target.frameworks if not lacking(FRAMEWORKS[name])]
+    found = [name for name in target.frameworks if not lacking(needed(target, name))]
     framework = [] if found else lacking(FRAMEWORKS[target.frameworks[0]])
     missing = tuple(dict.fromkeys((*run, *write, *framework)))
     extras = ([target.frameworks[0]] if framework else []) + ([target.extra] if run or write else [])
