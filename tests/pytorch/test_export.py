@@ -276,7 +276,7 @@ def test_weights_only(written):
     assert all(stored[name] == onnx.TensorProto.INT8 for name in plan.weights)
     assert stored["conv1.bias"] == onnx.TensorProto.FLOAT
     assert not [node for node in onnx.load(str(path)).graph.node if node.op_type == "QuantizeLinear"]
-    assert np.allclose(predict(simulate(model, plan), inputs), run(path, inputs)[0], atol=1e-5)
+    assert sqnr(predict(simulate(model, plan), inputs), run(path, inputs)[0]) > 40  # MatMulNBits rounds what it reads to 8 bits
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -8,17 +8,17 @@ matrix product behind a DequantizeLinear, which ONNX Runtime runs as MatMulNBits
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from whet.errors import require
+from whet.errors import ExportError, require
 from whet.numerics.affine import QParams
 from whet.numerics.codebook import Codebook
-from whet.specs.schemes import Float
+from whet.specs.schemes import Float, KMeans
 
 Array = npt.NDArray[Any]
 OPSET = 21  # has codes of 4 and 16 bits, and scales for blocks
@@ -31,6 +31,9 @@ class Graph(Protocol):
 
     def add(self, op: str, inputs: Sequence[str], hint: str, **attributes: Any) -> str:
         """Append a node of one output, whose name is returned."""
+
+    def split(self, op: str, inputs: Sequence[str], hint: str, outputs: int, **attributes: Any) -> list[str]:
+        """Append a node; the names of its outputs."""
 
     def constant(self, array: Any, hint: str) -> str:
         """The name of an initializer that holds `array`."""
@@ -49,14 +52,17 @@ class StoredWeight:
         old, rank = self.params, self.codes.ndim
         axis = None if old.axis is None else list(order).index(old.axis % rank)
         group = None if old.group is None else (list(order).index(old.group[0] % rank), old.group[1])
-        arrays: dict[str, Array] = {"scale": old.scale}
+
+        def moved(array: Array) -> Array:  # groups alone have the weight's own axes
+            return array if group is None else np.transpose(array, (*order, *range(rank, array.ndim)))
+
+        new: QParams | Codebook
         if isinstance(old, QParams):
-            arrays["zero_point"] = old.zero_point
-        elif old.levels.ndim > 1:
-            arrays["levels"] = old.levels
-        if group is not None:  # scales have the weight's own axes then
-            arrays = {key: np.transpose(item, (*order, *range(rank, item.ndim))) for key, item in arrays.items()}
-        return StoredWeight(self.name, np.transpose(self.codes, order), replace(old, axis=axis, group=group, **arrays))
+            new = QParams(moved(old.scale), moved(old.zero_point), old.spec, axis, group)
+        else:
+            levels = moved(old.levels) if old.levels.ndim > 1 else old.levels
+            new = Codebook(levels, moved(old.scale), old.spec, axis, group)
+        return StoredWeight(self.name, np.transpose(self.codes, order), new)
 
 
 def typed(weight: StoredWeight) -> Array:
@@ -64,7 +70,8 @@ def typed(weight: StoredWeight) -> Array:
     types = require("ml_dtypes", "onnx", "Writing ONNX files")
     params = weight.params
     if isinstance(params, Codebook) and isinstance(params.spec, Float):
-        return params.levels[weight.codes].astype(types.float8_e4m3fn)
+        values: Array = params.levels[weight.codes].astype(types.float8_e4m3fn)
+        return values
     unsigned = isinstance(params, Codebook) or not params.spec.symmetric
     return _as_bits(weight.codes, 4 if params.bits <= 4 else 8 if params.bits <= 8 else 16, unsigned)
 
@@ -72,58 +79,86 @@ def typed(weight: StoredWeight) -> Array:
 def _as_bits(codes: Array, bits: int, unsigned: bool) -> Array:
     if bits == 4:
         types = require("ml_dtypes", "onnx", "Writing ONNX files")
-        return codes.astype(types.uint4 if unsigned else types.int4)
-    return codes.astype(f"{'u' if unsigned else ''}int{bits}")
+        half: Array = codes.astype(types.uint4 if unsigned else types.int4)
+        return half
+    whole: Array = codes.astype(f"{'u' if unsigned else ''}int{bits}")
+    return whole
 
 
 def decoded(graph: Graph, weight: StoredWeight) -> str:
-    """The float weight, in the layout of its codes: `(codes - zero_point) * scale`, or `levels[codes] * scale`."""
+    """The float weight, in the layout of its codes: `(codes - zero_point) * scale`, or `levels[codes] * scale`.
+
+    Where groups divide their axis, the axis is split in two while codes become floats, which OpenVINO knows as groups.
+    """
     name, params, shape = weight.name, weight.params, weight.codes.shape
-    codes = graph.constant(typed(weight), name)
-    where = (shape, params.axis, params.group)
+    codes = graph.constant(typed(_split(weight)), name)
     if isinstance(params, QParams):
         value = graph.add("Cast", [codes], f"{name}_cast", to=FLOAT)
         if not params.spec.symmetric:
             points = _as_bits(params.zero_point, 8 if params.bits <= 8 else 16, True)
-            zero = graph.add("Cast", [graph.constant(points, f"{name}_zero_point")], f"{name}_zero", to=FLOAT)
-            value = graph.add("Sub", [value, _spread(graph, zero, params.zero_point.shape, *where, name)], f"{name}_steps")
+            zero = graph.add("Cast", [_spread(graph, weight, points, "zero_point")], f"{name}_zero", to=FLOAT)
+            value = graph.add("Sub", [value, zero], f"{name}_steps")
     elif isinstance(params.spec, Float):
         value = graph.add("Cast", [codes], f"{name}_cast", to=FLOAT)
     else:
         index = graph.add("Cast", [codes], f"{name}_index", to=INT32)
         if params.levels.ndim > 1:
-            index = graph.add("Add", [index, _spread(graph, *_row_starts(graph, params, name), *where, name)], f"{name}_place")
+            index = graph.add("Add", [index, _spread(graph, weight, _table_starts(params), "tables")], f"{name}_place")
         value = graph.add("Gather", [graph.constant(params.levels.reshape(-1), f"{name}_levels"), index], f"{name}_level")
-        if np.all(params.scale == 1):
-            return value
-    scale = graph.constant(params.scale, f"{name}_scale")
-    return graph.add("Mul", [value, _spread(graph, scale, params.scale.shape, *where, name)], f"{name}_float")
+    if not isinstance(params.spec, KMeans):  # its levels are the weights themselves
+        value = graph.add("Mul", [value, _spread(graph, weight, params.scale, "scale")], f"{name}_float")
+    if params.group is None or not _is_even(weight):
+        return value
+    return graph.add("Reshape", [value, graph.constant(np.asarray(shape, np.int64), "shape")], f"{name}_whole")
 
 
-def _row_starts(graph: Graph, params: Codebook, name: str) -> tuple[str, tuple[int, ...]]:
-    """Where the table of each scale begins in the flat array of all tables, and its shape."""
-    starts = np.arange(params.scale.size, dtype=np.int32).reshape(params.scale.shape) * params.levels.shape[-1]
-    return graph.constant(starts, f"{name}_tables"), params.scale.shape
+def check_even(weights: Iterable[StoredWeight]) -> None:
+    """Refuse groups that do not divide their axis, which OpenVINO computes wrong or not at all (seen in 2026.4).
+
+    Raises:
+        ExportError: naming the weight and its sizes.
+    """
+    for weight in weights:
+        if weight.params.group is not None and not _is_even(weight):
+            along, size = weight.params.group
+            raise ExportError(
+                f"The weight {weight.name!r} has {weight.codes.shape[along]} input features in groups of {size}, and OpenVINO "
+                f"takes only groups that divide them. Choose a size that does, or the target onnxruntime."
+            )
 
 
-def _spread(
-    graph: Graph,
-    tensor: str,
-    own: tuple[int, ...],
-    shape: tuple[int, ...],
-    axis: int | None,
-    group: tuple[int, int] | None,
-    name: str,
-) -> str:
-    """Scales (zero points, …) of shape `own` so that they broadcast against a weight of `shape`; see `affine.spread`."""
-    if group is not None:
-        along, size = group
-        index = graph.constant(np.arange(shape[along], dtype=np.int64) // size, f"{name}_groups")
-        return graph.add("Gather", [tensor, index], f"{name}_spread", axis=along)
-    if axis is None or (axis % len(shape) == len(shape) - 1 and len(own) == 1):
-        return tensor
-    sizes = [-1 if index == axis % len(shape) else 1 for index in range(len(shape))]
-    return graph.add("Reshape", [tensor, graph.constant(np.asarray(sizes, np.int64), "shape")], f"{name}_spread")
+def _is_even(weight: StoredWeight) -> bool:
+    """Whether the groups divide their axis."""
+    return weight.params.group is not None and weight.codes.shape[weight.params.group[0]] % weight.params.group[1] == 0
+
+
+def _split(weight: StoredWeight) -> StoredWeight:
+    """With the axis of even groups split into groups and their features."""
+    if weight.params.group is None or not _is_even(weight):
+        return weight
+    along, size = weight.params.group
+    shape = weight.codes.shape
+    return replace(weight, codes=weight.codes.reshape(*shape[:along], -1, size, *shape[along + 1 :]))
+
+
+def _table_starts(params: Codebook) -> Array:
+    """Where the table of each scale begins in the flat array of all tables."""
+    starts: Array = np.arange(params.scale.size, dtype=np.int32).reshape(params.scale.shape) * params.levels.shape[-1]
+    return starts
+
+
+def _spread(graph: Graph, weight: StoredWeight, array: Array, label: str) -> str:
+    """Scales (zero points, …) in a shape that broadcasts against the weight's codes; see `affine.spread`."""
+    params, shape, hint = weight.params, weight.codes.shape, f"{weight.name}_{label}"
+    if params.group is None:
+        if params.axis is not None:
+            array = array.reshape([-1 if index == params.axis % len(shape) else 1 for index in range(len(shape))])
+        return graph.constant(array, hint)
+    along, size = params.group
+    if _is_even(weight):
+        return graph.constant(np.expand_dims(array, along + 1), hint)
+    index = graph.constant(np.arange(shape[along], dtype=np.int64) // size, f"{weight.name}_groups")
+    return graph.add("Gather", [graph.constant(array, hint), index], f"{hint}_spread", axis=along)
 
 
 def product(graph: Graph, x: str, weight: StoredWeight, bias: str | None, hint: str) -> str:
@@ -141,7 +176,7 @@ def _has_kernel(weight: StoredWeight) -> bool:
     if params.group is None:
         return True
     along, size = params.group
-    return along == 0 and size >= LEAST_BLOCK and size & (size - 1) == 0
+    return along == 0 and (params.scale.shape[0] == 1 or (size >= LEAST_BLOCK and size & (size - 1) == 0))
 
 
 def _block_dequantized(graph: Graph, weight: StoredWeight) -> str:
@@ -150,16 +185,19 @@ def _block_dequantized(graph: Graph, weight: StoredWeight) -> str:
     if not isinstance(params, QParams):
         raise TypeError(f"{name} has levels, and DequantizeLinear takes scales alone")
     columns = weight.codes.shape[1]
-    attributes = {"axis": 1} if params.group is None else {"axis": 0, "block_size": params.group[1]}
-    shape = (columns,) if params.group is None else params.scale.shape
-    inputs = [graph.constant(typed(weight), name), graph.constant(np.broadcast_to(params.scale, shape), f"{name}_scale")]
+    attributes, scale, zero = {"axis": 1}, params.scale, params.zero_point
+    if params.group is None or scale.shape[0] == 1:
+        scale, zero = (np.broadcast_to(array.reshape(-1), (columns,)) for array in (scale, zero))
+    else:
+        attributes = {"axis": 0, "block_size": params.group[1]}
+    inputs = [graph.constant(typed(weight), name), graph.constant(scale, f"{name}_scale")]
     if not params.spec.symmetric:
-        points = _as_bits(np.broadcast_to(params.zero_point, shape), 4 if params.bits <= 4 else 8, True)
+        points = _as_bits(zero, 4 if params.bits <= 4 else 8, True)
         inputs.append(graph.constant(points, f"{name}_zero_point"))
     return graph.add("DequantizeLinear", inputs, f"{name}_float", **attributes)
 
 
-def dynamic_product(graph: Any, x: str, weight: StoredWeight, bias: str | None, hint: str) -> str:
+def dynamic_product(graph: Graph, x: str, weight: StoredWeight, bias: str | None, hint: str) -> str:
     """`x @ w + bias` in integers, `x` rounded to 8 bits of its own range; ONNX Runtime runs it as DynamicQuantizeMatMul."""
     params = weight.params
     codes, scale, zero = graph.split("DynamicQuantizeLinear", [x], f"{hint}_input", 3)
@@ -200,7 +238,6 @@ def lookup(graph: Graph, ids: str, weight: StoredWeight, hint: str) -> str:
     else:
         index = graph.add("Cast", [rows], f"{hint}_index", to=INT32)
         if params.levels.ndim > 1:
-            starts = np.arange(params.scale.size, dtype=np.int32).reshape(params.scale.shape) * params.levels.shape[-1]
-            index = graph.add("Add", [index, of_rows(starts, "tables")], f"{hint}_place")
+            index = graph.add("Add", [index, of_rows(_table_starts(params), "tables")], f"{hint}_place")
         value = graph.add("Gather", [graph.constant(params.levels.reshape(-1), f"{name}_levels"), index], f"{hint}_level")
-    return graph.add("Mul", [value, of_rows(params.scale, "scale")], hint)
+    return value if isinstance(params.spec, KMeans) else graph.add("Mul", [value, of_rows(params.scale, "scale")], hint)

@@ -37,11 +37,13 @@ LEAST = 0.2  # of the full range
 def layout_of(view: WeightView, granularity: Granularity) -> Layout:
     """Where scales lie: per tensor, along the output channels, or along these and groups of input features.
 
-    A weight without an input axis (a depthwise kernel) has one feature for each channel: groups are its channels.
+    A weight without an input axis (a depthwise kernel) has one feature for each channel: groups are its channels. One of
+    fewer features than a group has is one group.
     """
     ndim = len(view.array.shape)
     if isinstance(granularity, PerGroup) and view.in_axis is not None:
-        return view.out_axis % ndim, (view.in_axis % ndim, granularity.size)
+        along = view.in_axis % ndim
+        return view.out_axis % ndim, (along, min(granularity.size, view.array.shape[along]))
     return (view.out_axis % ndim if isinstance(granularity, PerChannel | PerGroup) else None), None
 
 

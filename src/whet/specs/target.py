@@ -120,7 +120,7 @@ TARGETS: dict[str, Target] = {
             # Quantizers behind convolutions too, not on their inputs alone: sums stay in integers, which is faster.
             quantized=frozenset({"add", "mul", "concat", "global_avg_pool", "avg_pool"}),
             weight_only=WEIGHTED,
-            stores=ALL_STORED,
+            stores=ALL_STORED - {"codebook"},  # its converter looks levels up, and stores floats
         ),
         Target(
             "litert",
@@ -130,7 +130,7 @@ TARGETS: dict[str, Target] = {
             suffix=".tflite",
             signed_activations=True,
             quantized=frozenset({"add", "mul", "concat", "global_avg_pool", "softmax", "sigmoid", "tanh"}),
-            shared=SHARED | {"avg_pool", "pad"},  # its kernels take one scale for input and output
+            shared=SHARED | {"avg_pool", "pad", "slice"},  # its kernels take one scale for input and output
             joined=frozenset({"concat", "avg_pool"}),
             # int8 kernels demand these: https://ai.google.dev/edge/litert/conversion/tensorflow/quantization/quantization_spec
             fixed={"softmax": (1 / 256, 0), "sigmoid": (1 / 256, 0), "tanh": (1 / 128, 128)},

@@ -5,47 +5,55 @@ The converted model still runs in PyTorch, with the numbers of the simulation; w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from whet.errors import ExportError
+from whet.formats.onnx_weights import StoredWeight
 from whet.graph.placement import Plan
+from whet.graph.storage import is_plain, refuse
 from whet.numerics.affine import QParams
-from whet.specs import TARGETS
-from whet.torch import decomposed
+from whet.numerics.codebook import Codebook
+from whet.specs import TARGETS, Float
+from whet.torch import decomposed, onnx_markers
+from whet.torch.arithmetic import named
 from whet.torch.fold import fold_
 from whet.torch.interception import Call, Session
 from whet.torch.model import copy
-from whet.torch.operations import clamp_bounds
+from whet.torch.operations import clamp_bounds, operation
 from whet.torch.quantize import ValueQuantizer, bias_codes, exact_array, float_weights, plan_tensors, replace_, simulated
 
 Tensor = Any
-_SCALE = "_scale"  # the buffer `weight_scale` beside the codes in `weight`
+_SCALE, _ZERO_POINT, _LEVELS = "_scale", "_zero_point", "_levels"  # the buffer `weight_scale` beside the codes in `weight`
+_MADE_OF_ONNX = (".onnx", ".xml")
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
     """How a stored tensor becomes float again. scale: a number, or the name of the buffer of per-channel scales; None for a
-    16-bit float, which is cast."""
+    16-bit float, which is cast. params: of what has groups, zero points, levels or more than 8 bits, whose arrays are the
+    buffers `weight_scale`, `weight_zero_point` and `weight_levels`. marked: written by `onnx_markers` in an ONNX file."""
 
     dtype: str
     scale: float | str | None
     axis: int | None = None
+    params: QParams | Codebook | None = None
+    marked: bool = False
 
 
 def convert(model: Any, plan: Plan) -> Any:
     """A copy of the float `model`, in inference mode, with int8 weights and int32 biases in place of the planned ones.
 
-    Codes of fewer than 8 bits are stored in int8. Per-channel scales are buffers named `weight_scale` beside their codes.
+    Codes of fewer than 8 bits are stored in int8, levels as uint8 codes beside their tables, 8-bit floats as such. Per-channel
+    scales are buffers named `weight_scale` beside their codes.
 
     Raises:
-        ExportError: weights or activations of more than 8 bits, for which no target has integer kernels.
+        ExportError: weights or activations of more bits than integer kernels take, or a scheme that the target cannot hold.
         ModelError: the plan was made for another model.
     """
-    _check_bits(plan)
+    refuse(plan, TARGETS.get(plan.target))
     work = copy(model).eval()
     exact = float_weights(work, plan)
     fold_(work, dict(plan.folds), exact)
@@ -53,8 +61,12 @@ def convert(model: Any, plan: Plan) -> Any:
     replace_(tensors, plan)
     stored: dict[str, Stored] = {}
     for name, params in plan.weights.items():
-        codes = plan.encode(name, exact_array(exact, tensors, name)).astype(np.int8)
-        stored[name] = _store(work, tensors[name], name, codes, params.scale, params.axis)
+        codes = plan.encode(name, exact_array(exact, tensors, name))
+        if is_plain(params):
+            stored[name] = _store(work, tensors[name], name, codes.astype(np.int8), params.scale, params.axis)
+            stored[name] = replace(stored[name], marked=not plan.values)
+        else:
+            stored[name] = _store_scheme(work, tensors[name], name, codes, params)
     for name in plan.biases:
         int32, scale = bias_codes(exact_array(exact, tensors, name), plan, name)
         stored[name] = _store(work, tensors[name], name, int32, scale, 0 if scale.ndim else None)
@@ -72,6 +84,9 @@ class Converter(ValueQuantizer):
         super().__init__(model, plan)
         self.stored = stored
         self.signed = TARGETS[plan.target].signed_activations
+        self.params = plan.weights
+        self.is_onnx = TARGETS[plan.target].suffix in _MADE_OF_ONNX
+        self.read: dict[int, tuple[Tensor, str]] = {}  # markers by id -> the weight that they stand for
         self.reached: set[str] = set()  # values of the plan that a forward pass produced
 
     def substitute(self, session: Session, tensor: Tensor) -> Tensor:
@@ -81,10 +96,16 @@ class Converter(ValueQuantizer):
         if kind is None or name is None:
             return tensor
         dtype = getattr(torch, kind.dtype)
+        if kind.marked and self.is_onnx and torch.compiler.is_exporting():
+            made = onnx_markers.weight(name, tensor.shape, dtype)
+            self.read[id(made)] = (made, name)
+            return made
+        if kind.params is not None:
+            return as_dtype(self._decoded(name, tensor, kind.params), dtype)
         if kind.scale is None:
             return tensor.to(dtype)
         scale = self.model.get_buffer(kind.scale) if isinstance(kind.scale, str) else kind.scale
-        return as_dtype(decomposed.dequantize(tensor, scale, kind.axis), dtype)
+        return named(as_dtype(decomposed.dequantize(tensor, scale, kind.axis), dtype), name)
 
     def inquire(self, session: Session, func: Any, args: Any, kwargs: Any) -> Any:
         """A stored tensor says that it has the dtype it will be read in."""
@@ -99,8 +120,51 @@ class Converter(ValueQuantizer):
         if site in self.values and _rounding_clamps(call, self.values[site]):
             return call.argument(0, "input")
         if torch.compiler.is_exporting():
-            return _for_kernels(call)
-        return call()
+            marked = self._marked(call, site) if self.read else None
+            return marked if marked is not None else _for_kernels(call)
+        return super().compute(session, call, site)
+
+    def _marked(self, call: Call, site: str | None) -> Any:
+        """Products and look-ups that read a stored weight themselves; None for other calls."""
+        found = operation(call, lambda tensor: id(tensor) in self.read)
+        weight: Any = found.weight
+        name = self.read[id(weight)][1] if id(weight) in self.read else None
+        if name is None or self.stored[name].dtype != "float32":
+            return None
+        if found.op == "linear" and weight.ndim == 2:
+            x = call.argument(1, "mat1") if call.function == "addmm" else call.argument(0, "input")
+            turned, columns = found.axes == (0, 1), weight.shape[found.axes[0]]
+            return onnx_markers.linear(x, name, found.bias, columns, turned=turned, dynamic=site in self.dynamic)
+        if call.function == "embedding" and call.argument(3, "max_norm") is None:
+            return onnx_markers.embedding(call.argument(0, "input"), name, weight.shape[1])
+        return None
+
+    def stored_weights(self) -> dict[str, StoredWeight]:
+        """The codes of the weights that markers stand for, by name."""
+        found = {}
+        for name, kind in self.stored.items():
+            if kind.marked:
+                found[name] = StoredWeight(name, _integers(self.model.get_buffer(name), self.params[name]), self.params[name])
+        return found
+
+    def _decoded(self, name: str, codes: Tensor, params: QParams | Codebook) -> Tensor:
+        """What the codes of a weight with groups, zero points, levels or an 8-bit float stand for."""
+
+        def spread_out(kind: str) -> Tensor:
+            return _spread(self.model.get_buffer(name + kind), codes.shape, params)
+
+        if isinstance(params, QParams):
+            values = codes.float()
+            values = values if params.spec.symmetric else values - spread_out(_ZERO_POINT).float()
+        elif isinstance(params.spec, Float):
+            values = codes.float()
+        else:
+            levels, index = self.model.get_buffer(name + _LEVELS), codes.long()
+            if params.levels.ndim > 1:
+                rows = torch.arange(params.scale.size, device=codes.device).reshape(params.scale.shape)
+                index = index + _spread(rows * levels.shape[-1], codes.shape, params)
+            values = levels.reshape(-1)[index]
+        return values * spread_out(_SCALE)
 
     def round(self, tensor: Tensor, params: QParams) -> Tensor:
         """Codes and back, in the target's storage type."""
@@ -179,11 +243,39 @@ def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _check_bits(plan: Plan) -> None:
-    for kind, quantizers in (("weight", plan.weights), ("value", plan.values)):
-        for name, params in quantizers.items():
-            if params.spec.bits > 8:
-                raise ExportError(
-                    f"The {kind} {name!r} has {params.spec.bits} bits; integer kernels of {plan.target} take at most 8. "
-                    "It can be simulated, not exported: choose Int(8) or fewer bits."
-                )
+def _store_scheme(model: Any, old: Tensor, name: str, codes: Any, params: QParams | Codebook) -> Stored:
+    """Codes with all their arrays as buffers beside them."""
+    arrays = {_SCALE: params.scale}
+    if isinstance(params, QParams):
+        kind = np.dtype(f"{'' if params.spec.symmetric else 'u'}int{8 if params.bits <= 8 else 16}")
+        new = torch.from_numpy(codes.astype(kind))
+        if not params.spec.symmetric:
+            arrays[_ZERO_POINT] = params.zero_point.astype(kind)
+    elif isinstance(params.spec, Float):
+        new = torch.from_numpy(params.levels[codes]).to(torch.float8_e4m3fn)
+    else:
+        new = torch.from_numpy(codes.astype(np.uint8))
+        arrays[_LEVELS] = params.levels
+    _replace(model, old, new.to(old.device))
+    owner, _, last = name.rpartition(".")
+    for kind_of_array, array in arrays.items():
+        tensor = torch.from_numpy(np.array(array, order="C")).to(old.device)
+        model.get_submodule(owner).register_buffer(last + kind_of_array, tensor)
+    return Stored(_dtype_name(old), None, params=params, marked=True)
+
+
+def _integers(codes: Tensor, params: QParams | Codebook) -> Any:
+    """A buffer of codes as int32: of an 8-bit float the place of each value among all of them."""
+    if isinstance(params, Codebook) and isinstance(params.spec, Float):
+        return np.searchsorted(params.levels, codes.float().cpu().numpy()).astype(np.int32)
+    return codes.cpu().numpy().astype(np.int32)
+
+
+def _spread(tensor: Tensor, shape: Any, params: QParams | Codebook) -> Tensor:
+    """As `affine.spread`."""
+    if params.group is not None:
+        along, size = params.group
+        return torch.repeat_interleave(tensor, size, dim=along).narrow(along, 0, shape[along])
+    if params.axis is None:
+        return tensor
+    return tensor.reshape([-1 if index == params.axis % len(shape) else 1 for index in range(len(shape))])

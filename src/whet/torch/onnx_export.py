@@ -12,12 +12,15 @@ from torch.utils import _pytree as pytree
 
 from whet.errors import ExportError, require
 from whet.formats import onnx_external
+from whet.formats.onnx_weights import check_even
 from whet.graph.placement import Plan
 from whet.specs import Target
+from whet.torch.convert import Converter
 from whet.torch.file_check import check_runs, output_names
-from whet.torch.interception import tensors_in
+from whet.torch.interception import interceptor_of, tensors_in
 from whet.torch.model import to_tensors
 from whet.torch.onnx_file import rename_dimensions, rename_values, tidy
+from whet.torch.onnx_markers import lower
 from whet.torch.onnx_program import write_program
 from whet.torch.program import (
     BATCH_AXIS,
@@ -60,6 +63,12 @@ def build_onnx(model: Any, plan: Plan | None, target: Target, *, example: Any, d
         proto = _by_pytorch(program, type(model).__name__)
     _name_values(proto, work, inputs, outputs, dynamic)
     tidy(proto, importlib.metadata.version("whet"))
+    converter = interceptor_of(work)
+    if isinstance(converter, Converter):
+        weights = converter.stored_weights()
+        if target.runtime == "openvino":
+            check_even(weights.values())
+        lower(proto, weights)
     return proto, work, inputs
 
 

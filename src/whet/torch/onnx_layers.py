@@ -146,3 +146,17 @@ def _layer_norm(writer: Writer, node: Node, a: Given) -> str:
     scale = writer.read(a.weight) if a.weight is not None else writer.constant(np.ones(sizes), np.float32)
     inputs = [writer.read(a.input), scale, *([writer.read(a.bias)] if a.bias is not None else [])]
     return writer.add("LayerNormalization", inputs, node.name, axis=-len(sizes), epsilon=a.eps)
+
+
+@rule("onnx_symbolic::_symbolic")
+def _operator(writer: Writer, node: Node, a: Given) -> str:
+    """An ONNX operator that the model called by name, with integers and texts as attributes: a marker of Whet's."""
+    op, integers, texts = a.op_type.rpartition("::")[2], list(a.attr_ints), list(a.attr_strs)
+    need(not a.attr_floats and all(kind in ("i", "s") for kind in a.attr_types), "an operator with other attributes")
+    attributes = {}
+    for key, kind, (start, end) in zip(a.attr_keys, a.attr_types, a.attr_pos, strict=True):
+        attributes[key] = integers[start] if kind == "i" else texts[start]
+        need(end == start + 1, "an operator with lists as attributes")
+    inputs = [writer.read(item) for item in a.inputs]
+    domain = a.domain or a.op_type.rpartition("::")[0]
+    return writer.split(op, inputs, node.name, 1, domain=domain, **attributes)[0]
