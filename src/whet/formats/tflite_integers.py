@@ -37,6 +37,8 @@ MOVES = {
     "PAD": 2,
     "SPACE_TO_BATCH_ND": 2,
     "BATCH_TO_SPACE_ND": 2,
+    "SLICE": 2,
+    "STRIDED_SLICE": 2,
 }
 # Further operators with integer kernels, which rescale. With the version that takes int8.
 RESCALES = {"ADD": 2, "MUL": 2, "MEAN": 2, "SOFTMAX": 2, "LOGISTIC": 2, "TANH": 2, "RELU": 2, "RELU6": 2}

@@ -2,7 +2,7 @@
 
 Canonical operations: "conv", "conv_transpose", "linear", "einsum", "embedding", "attention", "lstm", "gru", "rnn"
 (these carry weights), "relu", "relu6", "clamp", "add", "mul",
-"concat", "max_pool", "avg_pool", "global_avg_pool", "softmax", "sigmoid", "tanh", "reshape", "flatten", "transpose",
+"concat", "max_pool", "avg_pool", "global_avg_pool", "softmax", "sigmoid", "tanh", "reshape", "flatten", "transpose", "slice",
 "identity" (dropout in inference), "batch_norm"; anything else bears its own function's name.
 """
 

@@ -111,9 +111,17 @@ def operation(call: Call, is_weight: Any) -> Operation:
         return Operation(_binary(call, "add" if name.startswith("add") else "mul", is_weight))
     if name in _CLAMPS:
         return Operation(_clamp(call))
+    if name == "getitem" and _is_basic(call.args[1]):
+        return Operation("slice")
     if name == "adaptive_avg_pool2d" and call.argument(1, "output_size") in (1, (1, 1), [1, 1]):
         return Operation("global_avg_pool")
     return Operation(_PLAIN.get(name, name))
+
+
+def _is_basic(index: Any) -> bool:
+    """Whether indexing with `index` moves values without a look at any."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or part is ... or (isinstance(part, int | slice) and not isinstance(part, bool)) for part in parts)
 
 
 def _binary(call: Call, op: str, is_weight: Any) -> str:
