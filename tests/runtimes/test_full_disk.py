@@ -53,6 +53,23 @@ def test_an_export_to_a_full_disk_leaves_nothing(tiny_disk, target):
     assert (tiny_disk / "mine.txt").read_text(encoding="utf-8") == "kept"
 
 
+def test_a_litert_export_to_a_full_disk_leaves_nothing(tiny_disk, monkeypatch):
+    keras = pytest.importorskip("keras")
+    pytest.importorskip("ai_edge_litert")
+    import bench
+    import whet
+
+    bench.convert_in_process(monkeypatch)
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((100,)), keras.layers.Dense(200, activation="relu"), keras.layers.Dense(10)])
+    inputs = np.random.default_rng(0).random((16, 100), np.float32)
+    small = whet.quantize(model, calibration=inputs, target="litert", progress=False)
+    before = sorted(path.name for path in tiny_disk.iterdir())
+    with pytest.raises(OutputError, match=r"(?i)no space"):
+        small.export(tiny_disk / "model.tflite")
+    assert sorted(path.name for path in tiny_disk.iterdir()) == before
+
+
 def test_a_saved_folder_and_a_report_leave_nothing(tiny_disk):
     from report_samples import sample_report
     from whet.records import Report
