@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from whet.graph.channels import WEIGHTED
 from whet.graph.matrices import layout
 from whet.graph.nodes import Graph, Node
 from whet.graph.placement import Plan
@@ -26,9 +27,8 @@ from whet.numerics.histograms import histogram
 from whet.numerics.regression import Regression
 from whet.numerics.statistics import sqnr_db
 from whet.progress import task
-from whet.specs.quantization import Nearest, Quantize
+from whet.specs.quantization import AWQ, Nearest, Quantize, SmoothQuant
 
-WEIGHTED = frozenset({"conv", "conv_transpose", "linear"})  # what is a matrix product over im2col'ed rows
 TOGETHER = 8  # weights whose moments are taken in one pass, at most: what is held in memory
 
 
@@ -63,10 +63,15 @@ class Runner(Protocol):
         """Mean and deviation, (channels,), that a folded batch norm (its β and |γ|) gives the outputs of a weight; None."""
 
 
-def needs_data(spec: Quantize) -> bool:
-    """Whether the algorithms of `spec` run the model on calibration data."""
+def refines(spec: Quantize) -> bool:
+    """Whether `refine` has anything to do."""
     on_data = spec.correct_bias is not None and not spec.correct_bias.analytic
     return on_data or not isinstance(spec.rounding, Nearest)
+
+
+def needs_data(spec: Quantize) -> bool:
+    """Whether the algorithms of `spec` run the model on calibration data."""
+    return refines(spec) or isinstance(spec.equalize, SmoothQuant | AWQ)
 
 
 def refine(
@@ -84,7 +89,7 @@ def refine(
     signal-to-error ratio on the calibration data, beside "nearest_db", what rounding to nearest would have had there.
     """
     spec = solved.plan.spec
-    if not needs_data(spec):
+    if not refines(spec):
         return solved
     work = _Work(solved.plan, graph, weights, biases, spec)
     waves = waves_of(graph, solved.plan)
@@ -220,7 +225,7 @@ def _upstream(graph: Graph) -> dict[str, set[str]]:
     for node in graph.nodes:
         before = set().union(*(found.get(value, set()) for value in node.inputs))
         for value in node.values:
-            found[value] = before | ({node.weight} if node.weight is not None else set())
+            found[value] = before | set(node.weights)
     return found
 
 

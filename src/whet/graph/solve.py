@@ -18,10 +18,11 @@ from whet.graph.placement import Placement, Plan, matches, place, unmatched
 from whet.graph.views import WeightView
 from whet.graph.weights import solve_weight, uniform
 from whet.numerics.affine import QParams, fit_scale_to_bias, qparams
+from whet.numerics.clipping import range_of
 from whet.numerics.codebook import Codebook
 from whet.numerics.histograms import histogram
 from whet.numerics.namespace import numpy_namespace as xp
-from whet.numerics.observers import Range
+from whet.numerics.observers import HistogramRange, Range
 from whet.numerics.statistics import sqnr_db
 from whet.specs.quantization import Adaptive, Quantize
 from whet.specs.schemes import Dynamic, Float, Int, PerTensor, Scheme
@@ -39,7 +40,7 @@ class Calibration:
     """
 
     graph: Graph
-    ranges: Mapping[str, Range]
+    ranges: Mapping[str, Range | HistogramRange]
     folds: tuple[tuple[str, str], ...] = ()
 
 
@@ -76,11 +77,16 @@ def solve(
     values = _solve_values(calibration, placement, spec)
     plan = Plan(spec, target.name, {}, values, {}, calibration.folds, {})
     changed: list[dict[str, Any]] = []
+    unstored: dict[str, str] = {}  # layer -> why its weights stay as they are
     partners = _partners(calibration.graph)
     for name, node in placement.weights.items():
         view = weights[name]
         scheme = weight_scheme(spec, node, target)
+        stored = bool(values) or node.op in target.weight_only
         if isinstance(scheme, Float) and scheme.bits == 16:
+            if not stored:
+                unstored[node.layer] = f"files of {target.name} hold weights of {node.op!r} as float32"
+                continue
             changed.append({"name": name, "parameters": view.array.size, "scheme": scheme.dtype, "bits": 16})
             plan.casts[name] = scheme.dtype
             continue
@@ -91,7 +97,11 @@ def solve(
         if isinstance(params, QParams) and bias is not None and source is not None and node.bias is not None and alone:
             params = _make_room(view, params, float(source.scale), bias)
             plan.biases[node.bias] = (node.inputs[0], name)
-        plan.weights[name] = params
+        if stored:
+            plan.weights[name] = params
+        else:  # the rounded values, as floats
+            array = np.asarray(view.array, np.float32)
+            plan.tensors[name] = params.decode(params.encode(array))
         row = {"name": name, "parameters": view.array.size, "scheme": described(params), "bits": params.bits}
         changed.append(row | storage(params, node, target, alone=not values) | stored_weight(view, params))
     for node in placement.dynamic:
@@ -99,7 +109,7 @@ def solve(
             plan.dynamic[node.name] = spec.activations
     layers = {node.layer: node.kinds for node in calibration.graph.nodes}
     patterns = (*spec.keep, *(spec.include or ()), *spec.overrides)
-    skipped = tuple({"name": layer, "reason": reason} for layer, reason in placement.skipped)
+    skipped = tuple({"name": layer, "reason": reason} for layer, reason in (*placement.skipped, *unstored.items()))
     return Solved(plan, placement, tuple(changed), skipped, tuple(unmatched(layers, patterns)))
 
 
@@ -167,8 +177,9 @@ def _solve_values(calibration: Calibration, placement: Placement, spec: Quantize
                 raise DataError(
                     f"Calibration saw {item.low} to {item.high} at {value!r}: the model's own activations are not finite."
                 )
-        low = np.float32(min(item.low for item in seen.values()))
-        high = np.float32(max(item.high for item in seen.values()))
+        ends = [range_of(item, spec.observer, activations) for item in seen.values()]
+        low = np.float32(min(end[0] for end in ends))
+        high = np.float32(max(end[1] for end in ends))
         scale, zero = qparams(np.asarray(low), np.asarray(high), activations, xp=xp)
         groups[group] = QParams(np.asarray(scale, np.float32), np.asarray(zero, np.int32), activations)
     return {value: groups[group] for value, group in placement.values.items()}

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 
 from whet.data import Batches
-from whet.errors import WhetError
+from whet.errors import DataError, WhetError
+from whet.graph.channels import WEIGHTED
 from whet.graph.nodes import Graph, Node
 from whet.graph.placement import Plan
 from whet.graph.refine import Request
@@ -24,6 +25,7 @@ from whet.torch.model import call, copy, device_of, dtype_of, to_tensors
 from whet.torch.operations import operation
 from whet.torch.patches import Geometry, columns_at, geometry, outputs_at, positions
 from whet.torch.quantize import Simulator, rounded_copy
+from whet.torch.trace import replace_
 
 Tensor = Any
 ROWS = 1 << 16  # of one weight, over all calibration data: a sample of the positions where there are more
@@ -59,9 +61,13 @@ class _Seen:
 class _Watching(Interceptor):
     """Notes what is `wanted`, and ends the pass when it has all."""
 
-    wanted = _Wanted()
+    wanted: _Wanted
     seen: dict[str, list[_Seen]]
     values: dict[str, Tensor]
+
+    def __init__(self, model: Any, *arguments: Any) -> None:
+        super().__init__(model, *arguments)
+        self.begin(_Wanted())
 
     def begin(self, wanted: _Wanted) -> None:
         """Before a forward pass."""
@@ -78,7 +84,7 @@ class _Watching(Interceptor):
         """The call, its input and its output."""
         found = operation(call, lambda t: isinstance(t, torch.Tensor) and session.parameter(t) is not None)
         name = None if found.weight is None else session.parameter(found.weight)
-        if name is None or self.wanted.calls[name] <= len(self.seen.get(name, ())):
+        if name is None or found.op not in WEIGHTED or self.wanted.calls[name] <= len(self.seen.get(name, ())):
             return super().compute(session, call, site)
         x = call.argument(1, "mat1") if call.function == "addmm" else call.argument(0, "input")
         result = super().compute(session, call, site)
@@ -111,7 +117,11 @@ class _Watching(Interceptor):
 
 
 class _QuantizedWatching(_Watching, Simulator):
-    """The same in the model that a plan simulates."""
+    """The same in the model that a plan simulates, without the last bits of its kernels: moments do not hold them."""
+
+    def __init__(self, model: Any, plan: Plan) -> None:
+        super().__init__(model, plan)
+        self.kernels.active = False
 
 
 class TorchRunner:
@@ -125,20 +135,20 @@ class TorchRunner:
         model: Any,
         graph: Graph,
         folds: Mapping[str, str],
-        calibration: Batches,
+        calibration: Batches | None,
         tensors: Mapping[str, npt.NDArray[np.float32]],
     ) -> None:
         self.model, self.calibration, self.folds = model, calibration, dict(folds)
-        self.calls = Counter(node.weight for node in graph.nodes if node.weight is not None)
+        self.calls = Counter(str(node.weight) for node in graph.nodes if node.op in WEIGHTED)
         self.reference = copy(model).eval()
         fold_(self.reference, self.folds, folded_weights(self.reference, self.folds))
-        with torch.no_grad():
-            for name, array in tensors.items():
-                self._named(name).copy_(torch.from_numpy(array))
+        replace_(self.reference, tensors)
         self.watching = _Watching(self.reference, self.folds)
 
     def regressions(self, plan: Plan | None, requests: Sequence[Request]) -> Mapping[str, tuple[Regression, ...]]:
         """See `Runner`."""
+        if self.calibration is None:
+            raise DataError("The moments of a model's values need calibration data, got None. Pass calibration=.")
         quantized = None if plan is None else rounded_copy(self.model, plan)
         watching = None if plan is None or quantized is None else _QuantizedWatching(quantized, plan)
         sums: dict[str, _Sums] = {}

@@ -7,11 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 from whet.data import Batches
+from whet.graph.correct import correct_analytically
+from whet.graph.equalize import Equalized, check_same_function, equalize
 from whet.graph.placement import Plan
-from whet.graph.refine import needs_data, refine
+from whet.graph.refine import needs_data, refine, refines
 from whet.graph.solve import solve
 from whet.records import Step
 from whet.specs import Int, Quantize, Target, to_dict
+from whet.torch.model import predict
 from whet.torch.moments import TorchRunner
 from whet.torch.trace import check_calibration, trace
 
@@ -30,17 +33,38 @@ def quantize(
     started = time.perf_counter()
     observed = isinstance(spec.activations, Int)
     check_calibration(calibration, observed or needs_data(spec))
-    traced = trace(model, example, calibration if observed else None, progress=progress)
-    solved = solve(traced.calibration, traced.weights, traced.biases, spec, _rules(target, spec))
-    if calibration is not None and needs_data(spec):
-        graph, folds = traced.calibration.graph, dict(traced.calibration.folds)
-        runner = TorchRunner(model, graph, folds, calibration, {})
+    rules = _rules(target, spec)
+    equalized = _equalized(model, spec, rules, calibration, example)
+    options: dict[str, Any] = {"progress": progress, "observer": spec.observer, "tensors": equalized.tensors}
+    traced = trace(model, example, calibration if observed else None, **options)
+    graph, folds = traced.calibration.graph, traced.calibration.folds
+    if equalized.folds is not None and set(equalized.folds) != set(folds):  # some batch parts a pair that the example folds
+        equalized = Equalized(skipped=[("", "nothing equalized: some batches run a convolution without its batch norm")])
+        traced = trace(model, example, calibration if observed else None, **(options | {"tensors": {}}))
+    solved = solve(traced.calibration, traced.weights, traced.biases, spec, rules)
+    solved = equalized.noted(solved)
+    if refines(spec) or spec.correct_bias is not None:
+        runner = TorchRunner(model, graph, dict(folds), calibration, equalized.tensors)
         solved = refine(solved, graph, traced.weights, traced.biases, runner, progress=progress)
+        if spec.correct_bias is not None and spec.correct_bias.analytic:
+            solved = correct_analytically(solved, graph, traced.weights, traced.biases, runner)
     listed = {row["name"] for row in solved.skipped}
     skipped = [*solved.skipped, *({"name": n, "reason": why} for n, why in traced.skipped if n not in listed)]
     unique = tuple({(row["name"], row["reason"]): row for row in skipped}.values())
     step = Step(to_dict(spec), solved.changed, unique, time.perf_counter() - started, None, solved.unmatched)
     return solved.plan, step
+
+
+def _equalized(model: Any, spec: Quantize, rules: Target, calibration: Batches | None, example: Any) -> Equalized:
+    """What `spec.equalize` changes; checked to leave what the model computes for `example`."""
+    if spec.equalize is None:
+        return Equalized()
+    traced = trace(model, example, None, progress=False)
+    graph, folds = traced.calibration.graph, dict(traced.calibration.folds)
+    found = equalize(graph, traced.weights, traced.biases, spec, rules, TorchRunner(model, graph, folds, calibration, {}))
+    before, after = predict(model, example), predict(TorchRunner(model, graph, folds, None, found.tensors).reference, example)
+    check_same_function(before, after, type(spec.equalize).__name__)
+    return replace(found, folds=traced.calibration.folds)
 
 
 def _rules(target: Target, spec: Quantize) -> Target:

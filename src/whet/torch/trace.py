@@ -15,8 +15,10 @@ from whet.errors import DataError
 from whet.graph.nodes import Graph, Node, kinds_of
 from whet.graph.solve import Calibration
 from whet.graph.views import WeightView
-from whet.numerics.observers import Range, observe_minmax
+from whet.numerics.clipping import needs_histogram
+from whet.numerics.observers import HistogramRange, Range, observe_histogram, observe_minmax, observe_moving_average
 from whet.progress import task
+from whet.specs.quantization import MinMax, MovingAverage, Observer
 from whet.torch.fold import FoldedWeights, fold_, foldable, folded_weights
 from whet.torch.interception import Call, Interceptor, Session, map_tensors, tensors_in
 from whet.torch.model import call, copy, device_of, dtype_of, to_tensors
@@ -46,7 +48,7 @@ class _Seen:
 
     nodes: dict[str, Node] = field(default_factory=dict)
     axes: dict[str, tuple[str, tuple[int, int | None]]] = field(default_factory=dict)  # weight -> (layer, axes)
-    ranges: dict[str, Range] = field(default_factory=dict)
+    ranges: dict[str, Range | HistogramRange] = field(default_factory=dict)
     inputs: dict[str, None] = field(default_factory=dict)
     outputs: dict[str, None] = field(default_factory=dict)
     parameters: set[str] = field(default_factory=set)
@@ -54,10 +56,19 @@ class _Seen:
     broken: set[str] = field(default_factory=set)
 
 
-def trace(model: Any, example: Any, calibration: Batches | None, *, progress: bool) -> Traced:
+def trace(
+    model: Any,
+    example: Any,
+    calibration: Batches | None,
+    *,
+    progress: bool,
+    observer: Observer | None = None,
+    tensors: Mapping[str, npt.NDArray[np.float32]] | None = None,
+) -> Traced:
     """Trace `model` on `example`, fold its batch norms, then observe every value on all of `calibration`.
 
-    `model` is untouched. `example` and the batches are as `Batches` yields them. Ranges come from `calibration` only.
+    `model` is untouched. `example` and the batches are as `Batches` yields them. Ranges come from `calibration` only, as
+    `observer` needs them (None: least and greatest values). tensors: what takes the place of the folded model's own.
 
     Raises:
         DataError: the model failed on the example or on a batch.
@@ -68,7 +79,10 @@ def trace(model: Any, example: Any, calibration: Batches | None, *, progress: bo
         folds = {norm: layer for norm, layer in _find_folds(work, example).items() if norm not in refused}
         folded = folded_weights(work, folds)
         fold_(work, folds, folded)
+        if tensors is not None:
+            folded |= replace_(work, tensors)
         tracer = Tracer(work, folds)
+        tracer.observer = MinMax() if observer is None else observer
         if calibration is None:
             _run(work, example)
         else:
@@ -135,6 +149,7 @@ class Tracer(Interceptor):
         super().__init__(model, folds)
         self.seen = _Seen()
         self.observing = False
+        self.observer: Observer = MinMax()
 
     def graph(self) -> Graph:
         """What was recorded so far."""
@@ -186,7 +201,16 @@ class Tracer(Interceptor):
         if self.observing:
             values = tensor.detach()
             values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-            self.seen.ranges[name] = observe_minmax(self.seen.ranges.get(name), values, xp=xp)
+            self.seen.ranges[name] = self._observed(self.seen.ranges.get(name), values)
+
+    def _observed(self, state: Range | HistogramRange | None, values: Tensor) -> Range | HistogramRange:
+        if needs_histogram(self.observer):
+            before = state if isinstance(state, HistogramRange) else None
+            return observe_histogram(before, values.cpu(), xp=xp)
+        before_range = state if isinstance(state, Range) else None
+        if isinstance(self.observer, MovingAverage):
+            return observe_moving_average(before_range, values, self.observer.momentum, xp=xp)
+        return observe_minmax(before_range, values, xp=xp)
 
     def _is_constant(self, session: Session, tensor: Any) -> bool:
         if not isinstance(tensor, torch.Tensor):
@@ -218,6 +242,16 @@ def layer_of(path: str, weight: str) -> str:
     """The name users give a layer in keep and include: its module's path, or that of a bare parameter it uses."""
     owner, _, last = weight.rpartition(".")
     return owner if last == "weight" and owner else path if last == "weight" else weight
+
+
+def replace_(model: Any, tensors: Mapping[str, npt.NDArray[np.float32]]) -> FoldedWeights:
+    """*In place*: the values that take the place of a folded model's own; the same as tensors."""
+    found = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    with torch.no_grad():
+        for name, tensor in found.items():
+            owner, _, last = name.rpartition(".")
+            getattr(model.get_submodule(owner), last).copy_(tensor)
+    return found
 
 
 def _collect(model: Any, tracer: Tracer, folds: dict[str, str], folded: FoldedWeights) -> Traced:
