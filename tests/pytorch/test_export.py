@@ -40,7 +40,7 @@ def written(tmp_path_factory):
     made = {}
 
     def once(name, spec=None, *, dynamic=None):
-        key = (name, spec, repr(dynamic))
+        key = (name, repr(spec), repr(dynamic))
         if key not in made:
             made[key] = write(tmp_path_factory.mktemp(name), name, spec, dynamic=dynamic)
         return made[key]
