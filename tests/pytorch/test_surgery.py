@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import whet
+import whet.runtimes.sessions
 import zoo_torch
 from torch_parts import same_state, seeded, state_of
 from whet.data import Batches, leaves
@@ -334,3 +335,53 @@ def test_networks_drawn_by_chance_are_exact(plan, share) -> None:
         assert "silenced" not in str(refused)
         return
     assert sum(p.numel() for p in model.parameters()) < count
+
+
+REBUILT = {
+    "residual": (Channel(), {"conv3.weight": 0.25}),
+    "decoder": (Channel(), {"fc.weight": 0.5}),
+    "fused_qkv": (Head(), {"qkv.weight": 0.5, "proj.weight": 0.5}),
+    "grouped_query": (Head(), {"q.weight": 0.5, "k.weight": 0.5}),
+    "attention": (Head(), {"attn.in_proj_weight": 0.5}),
+    "tied": (Channel(), {"emb.weight": 0.5}),
+    "siamese": (Channel(), {"branch.0.weight": 0.5}),
+    "grouped": (Channel(), {"grouped.weight": 0.25}),
+}
+
+
+@pytest.mark.parametrize("name", REBUILT)
+def test_a_rebuilt_graph_loses_what_the_models_code_fixes(name, tmp_path) -> None:
+    granularity, left = REBUILT[name]
+    model, inputs = zoo_torch.CASES[name]()
+    before = state_of(model)
+    made = whet.prune(model, Prune(0.5, granularity=granularity, round_to=1, rebuild="graph"), example=inputs)
+    assert isinstance(made.model, torch.fx.GraphModule) and same_state(before, state_of(model))
+    for tensor, share in left.items():
+        assert made.model.get_parameter(tensor).numel() == share * model.get_parameter(tensor).numel()
+    some = {key: value[:3] for key, value in inputs.items()} if isinstance(inputs, dict) else inputs[:3]
+    all_of_it = leaves(predict(made.model, inputs))
+    for few, every in zip(leaves(predict(made.model, some)), all_of_it, strict=True):
+        np.testing.assert_allclose(few, every[:3], atol=1e-5)  # any batch size
+    made.save(tmp_path / "saved")
+    again = whet.load(tmp_path / "saved", lambda: zoo_torch.CASES[name]()[0])
+    for one, two in zip(leaves(predict(again.model, inputs)), all_of_it, strict=True):
+        np.testing.assert_array_equal(one, two)
+    if name == "tied":
+        assert again.model.get_parameter("head.weight") is again.model.get_parameter("emb.weight")
+    made.export(tmp_path / "model.onnx")
+    session = whet.runtimes.sessions.open_session(tmp_path / "model.onnx")
+    assert leaves(session.run(inputs))[0].shape == all_of_it[0].shape
+
+
+def test_a_rebuilt_graph_can_be_pruned_and_trained_further(tmp_path) -> None:
+    model, inputs = zoo_torch.CASES["residual"]()
+    spec = Prune(0.5, granularity=Channel(), round_to=1, rebuild="graph")
+    smaller = whet.prune(whet.prune(model, Prune(0.25, granularity=Channel(), round_to=1), example=inputs), spec)
+    twice = whet.prune(smaller, spec)
+    data = [(inputs, np.arange(len(inputs)) % 5)]
+    trained = whet.fit(twice, whet.Train(epochs=2, learning_rate=1e-2), train=data, progress=False)
+    assert trained.steps[-1].train["history"][1]["loss"] < trained.steps[-1].train["history"][0]["loss"]
+    assert trained.model.get_parameter("conv2.weight").shape[0] == 3
+    trained.save(tmp_path / "saved")
+    again = whet.load(tmp_path / "saved", zoo_torch.Residual)
+    np.testing.assert_array_equal(predict(again.model, inputs), predict(trained.model, inputs))

@@ -14,70 +14,17 @@ from whet.graph.structure import Site, Structure
 Rule = Callable[["Call"], Any]
 RULES: dict[str, Rule] = {}
 # Elementwise, but without torch's own tag for it
-_POINTWISE = {
-    *(
-        "relu6",
-        "relu6_",
-        "dropout",
-        "dropout_",
-        "feature_dropout",
-        "alpha_dropout",
-        "hardswish",
-        "hardswish_",
-        "hardsigmoid",
-        "selu",
-    ),
-    *("contiguous", "clone", "to", "type_as", "detach", "detach_", "alias", "lift_fresh_copy", "_to_copy", "copy_", "float"),
-    *(
-        "where",
-        "masked_fill",
-        "masked_fill_",
-        "clamp",
-        "clamp_",
-        "hardtanh",
-        "hardtanh_",
-        "prelu",
-        "softplus",
-        "mish",
-        "logsigmoid",
-    ),
-    *(
-        "rsub",
-        "square",
-        "pow",
-        "div",
-        "multiply",
-        "subtract",
-        "divide",
-        "true_divide",
-        "rrelu",
-        "threshold",
-        "conj",
-        "expand_as",
-    ),
-    *("_assert_tensor_metadata", "fill_", "zero_", "celu", "elu", "leaky_relu", "leaky_relu_", "silu", "silu_", "gelu"),
-}
-_LIKE = {"zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"}
-_MIXES = {"softmax", "log_softmax", "_softmax", "cumsum", "cumprod", "sort", "flip", "roll", "softmin", "logcumsumexp", "glu"}
-_REDUCES = {
-    *(
-        "mean",
-        "sum",
-        "amax",
-        "amin",
-        "max",
-        "min",
-        "prod",
-        "argmax",
-        "argmin",
-        "any",
-        "all",
-        "norm",
-        "linalg_vector_norm",
-        "var",
-    ),
-    *("std", "logsumexp", "var_mean", "std_mean", "median"),
-}
+_POINTWISE = set(
+    "relu6 relu6_ dropout dropout_ feature_dropout alpha_dropout hardswish hardswish_ hardsigmoid selu contiguous clone to "
+    "type_as detach detach_ alias lift_fresh_copy _to_copy copy_ float where masked_fill masked_fill_ clamp clamp_ hardtanh "
+    "hardtanh_ prelu softplus mish logsigmoid rsub square pow div multiply subtract divide true_divide rrelu threshold conj "
+    "expand_as fill_ zero_ celu elu leaky_relu leaky_relu_ silu silu_ gelu".split()
+)
+_LIKE = "zeros_like ones_like full_like empty_like rand_like randn_like".split()
+_MIXES = "softmax log_softmax _softmax cumsum cumprod sort flip roll softmin logcumsumexp".split()
+_REDUCES = (
+    "mean sum amax amin max min prod argmax argmin any all norm linalg_vector_norm var std logsumexp var_mean std_mean median"
+).split()
 
 
 class Call:
@@ -148,7 +95,12 @@ def shapes(node: Any) -> list[tuple[int, ...]]:
     """The sizes of every tensor that `node` results in; () for what is no tensor."""
     found = node.meta.get("val")
     parts = found if isinstance(found, list | tuple) else [found]
-    return [tuple(int(n) for n in p.shape) if isinstance(p, torch.Tensor) else () for p in parts]
+    return [tuple(_size(n) for n in p.shape) if isinstance(p, torch.Tensor) else () for p in parts]
+
+
+def _size(n: Any) -> int:
+    """A size; of a dynamic one, that of the example."""
+    return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:

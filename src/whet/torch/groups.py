@@ -37,8 +37,8 @@ def groups(model: Any, example: Any) -> Groups:
     return read_model(model, example).groups
 
 
-def read_model(model: Any, example: Any) -> Reading:
-    """The groups of `model` and the program they were read from.
+def read_model(model: Any, example: Any, *, dynamic: bool = False) -> Reading:
+    """The groups of `model` and the program they were read from, with a dynamic batch axis if that is asked for.
 
     Raises:
         ModelError: torch.export cannot draw the model's graph.
@@ -51,7 +51,7 @@ def read_model(model: Any, example: Any) -> Reading:
         inputs, rows = take_rows(inputs, rows, list(range(_ROWS))), _ROWS
     try:
         with evaluating(model):
-            program = trace_program(model, inputs, False)
+            program = trace_program(model, inputs, None if dynamic else False)
     except ExportError as cause:
         raise ModelError(
             f"The channels of {type(model).__name__} cannot be followed: {first_line(cause)} Masks (granularity=Weight()) "
@@ -94,6 +94,8 @@ def _result(structure: Structure, node: Any, values: dict[Any, Any], constants: 
         found = values[node.args[0]]
         return found[node.args[1]] if isinstance(found, list) else found
     layer = layer_of(node)
+    if not _has_tensor(node.meta.get("val")):
+        return ()  # a number, such as the batch size
     if not isinstance(node.target, torch._ops.OpOverload):
         what = f"{getattr(node.target, '__name__', node.target)} in {layer or 'the model'}"
         for source in node.all_input_nodes:
@@ -102,6 +104,10 @@ def _result(structure: Structure, node: Any, values: dict[Any, Any], constants: 
         made = [structure.fresh(shape, f"{what} cannot be followed") for shape in shapes(node)]
         return made if isinstance(node.meta.get("val"), list | tuple) else made[0]
     return read(Call(structure, node, values, constants, layer))
+
+
+def _has_tensor(value: Any) -> bool:
+    return any(isinstance(part, torch.Tensor) for part in (value if isinstance(value, list | tuple) else [value]))
 
 
 def layer_of(node: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy as _copy
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -95,7 +96,9 @@ def copy(model: Any) -> Any:
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     try:
-        return _copy.deepcopy(model, memo)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own, of the argument trees of a GraphModule
+            return _copy.deepcopy(model, memo)
     except Exception as cause:
         raise ModelError(
             f"{type(model).__name__} cannot be copied ({type(cause).__name__}: {cause}), and Whet never works on the original. "

@@ -18,15 +18,18 @@ from whet.graph.views import Masks
 from whet.records import Step
 from whet.specs import Prune, to_dict
 from whet.torch.attributes import Change
-from whet.torch.groups import read_model
+from whet.torch.groups import Reading, read_model
 from whet.torch.importance import scores_of
-from whet.torch.surgery import SIZES, Surgeon, slice_optimizer
+from whet.torch.rebuild import keep_records, new_sizes, plain_record, rebuilt
+from whet.torch.surgery import SIZES, Surgeon, agree, note, noted, slice_optimizer
 
 
 def remove(
     model: Any, spec: Prune, *, example: Any, masks: Masks | None = None, data: Batches | None = None, optimizer: Any = None
 ) -> tuple[Any, Masks, Step]:
-    """*In place*: remove channels or heads of `model`; masks from before, and an optimizer's state, lose the same positions.
+    """*In place* unless a graph is built: remove channels or heads of `model`.
+
+    Masks from before, and an optimizer's state, lose the same positions.
 
     Raises:
         ModelError: the model's graph cannot be drawn, nothing would leave, or the result is not the original with the
@@ -34,10 +37,10 @@ def remove(
         SpecError: the criterion needs data.
     """
     started, plain = time.perf_counter(), to_dict(spec)
-    reading = read_model(model, example)
+    reading = read_model(model, example, dynamic=spec.rebuild is not None)
     groups, surgeon = reading.groups, Surgeon(model, reading, example)
     found = eligible(groups, spec)
-    refused = {row.family: row.reason for row in surgeon.refusals(found.families)}
+    refused = {row.family: row.reason for row in surgeon.refusals(found.families)} if spec.rebuild is None else {}
     families = [family for family in found.families if family.name not in refused]
     skipped = [*found.skipped, *((f.layer, refused[f.name]) for f in found.families if f.name in refused)]
     if not families:
@@ -47,7 +50,10 @@ def remove(
         )
     gone = choose(groups, families, scores_of(model, families, spec.criterion, data), spec)
     kept, before = groups.kept(gone), dict(model.named_parameters(remove_duplicate=False))
-    record(model, surgeon.remove(gone))
+    if spec.rebuild is None:
+        record(model, surgeon.remove(gone))
+    else:
+        model = rebuild(model, reading, gone, surgeon, example)
     if optimizer is not None:
         after = dict(model.named_parameters(remove_duplicate=False))
         slice_optimizer(optimizer, {id(before[name]): (after[name], axes) for name, axes in kept.items() if name in before})
@@ -62,13 +68,33 @@ def remove(
     return model, cut_masks(masks or {}, kept), step
 
 
+def rebuild(model: Any, reading: Reading, gone: Gone, surgeon: Surgeon, example: Any) -> Any:
+    """The graph of `model` without the groups that are `gone`, checked against the model with them silenced.
+
+    Raises:
+        ModelError: it is not the same, or a size cannot be rewritten.
+    """
+    kept, sizes = reading.groups.kept(gone), new_sizes(reading.groups, gone)
+    written = plain_record(model, example, kept, sizes)
+    with surgeon.silenced(gone):
+        expected = surgeon.outputs()
+    graph = rebuilt(model, reading, kept, sizes)
+    if not agree(graph, example, expected):
+        raise ModelError(
+            "The rebuilt graph is not the original with these channels silenced: an operation is followed wrongly (please "
+            "report it). Name layers in keep= to find out which."
+        )
+    keep_records(model, graph, written)
+    return graph
+
+
 def record(model: Any, changes: list[Change]) -> None:
     """Keep what was set, so that saving and loading can set it again."""
     paths = {id(module): path for path, module in model.named_modules()}
-    sizes: dict[str, dict[str, Any]] = {path: dict(row) for path, row in getattr(model, SIZES, {}).items()}
+    sizes: dict[str, dict[str, Any]] = {path: dict(row) for path, row in (noted(model, SIZES) or {}).items()}
     for change in changes:
         sizes.setdefault(paths[id(change.module)], {})[change.name] = change.value
-    setattr(model, SIZES, sizes)
+    note(model, SIZES, sizes)
 
 
 def changed(groups: Groups, gone: Gone) -> tuple[dict[str, Any], ...]:

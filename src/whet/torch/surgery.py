@@ -20,6 +20,7 @@ from whet.torch.groups import Reading
 from whet.torch.model import call, device_of, dtype_of, evaluating, to_numpy, to_tensors
 
 SIZES = "_whet_sizes"  # an attribute of the model: {module path: {attribute: value}} that removal has changed
+GRAPH = "_whet_graph"  # of a rebuilt model: what each rebuilding needs to be done again
 TOLERANCE = 1e-4  # of the largest output; float arithmetic in another order
 _HALF_TOLERANCE = 3e-2  # of 16-bit models
 _NAMED_APART = 4  # so many attribute names are tried in every combination
@@ -58,12 +59,11 @@ class Surgeon:
         self._model, self._groups = model, reading.groups
         self._nodes = {node.name: node for node in reading.program.graph.nodes}
         self._inputs = to_tensors(example, device_of(model), dtype_of(model))
-        self._names = _names(model)
+        self._names = holders(model)
 
     def outputs(self) -> list[Any]:
         """The model's outputs on the example, in inference mode."""
-        with evaluating(self._model), torch.no_grad():
-            return leaves(to_numpy(call(self._model, self._inputs)))
+        return _outputs(self._model, self._inputs)
 
     @contextmanager
     def silenced(self, gone: Gone) -> Iterator[None]:
@@ -198,12 +198,7 @@ class Surgeon:
         return list(found.values())
 
     def _agrees(self, expected: list[Any]) -> bool:
-        try:
-            found = self.outputs()
-        except (DataError, ModelError):
-            return False
-        half = dtype_of(self._model) in (torch.float16, torch.bfloat16)
-        return equal(found, expected, _HALF_TOLERANCE if half else TOLERANCE)
+        return agree(self._model, self._inputs, expected)
 
     def _cut(self, gone: Gone, undo: Undo) -> None:
         for name, axes in self._groups.kept(gone).items():
@@ -214,6 +209,21 @@ class Surgeon:
                 new = torch.nn.Parameter(new, requires_grad=old.requires_grad)
             for where, key in places:
                 undo.set(where, key, new)
+
+
+def _outputs(model: Any, inputs: Any) -> list[Any]:
+    with evaluating(model), torch.no_grad():
+        return leaves(to_numpy(call(model, inputs)))
+
+
+def agree(model: Any, inputs: Any, expected: list[Any]) -> bool:
+    """Whether `model` runs on `inputs` and gives `expected`, to 1e-4 of the largest output (16-bit models: 3e-2)."""
+    try:
+        found = _outputs(model, to_tensors(inputs, device_of(model), dtype_of(model)))
+    except (DataError, ModelError):
+        return False
+    half = dtype_of(model) in (torch.float16, torch.bfloat16)
+    return equal(found, expected, _HALF_TOLERANCE if half else TOLERANCE)
 
 
 def equal(found: list[Any], expected: list[Any], tolerance: float = TOLERANCE) -> bool:
@@ -267,7 +277,7 @@ def resize(model: Any, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str
     Raises:
         ModelError: the model has no such module.
     """
-    names = _names(model)
+    names = holders(model)
     for name, shape in shapes.items():
         for where, key in names.get(name, ())[:1]:
             old = where[key]
@@ -284,10 +294,23 @@ def resize(model: Any, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str
         for key, value in row.items():
             attributes: dict[str, Any] = modules[path].__dict__
             attributes[key] = tuple(value) if isinstance(attributes.get(key), tuple) else value
-    setattr(model, SIZES, {path: dict(row) for path, row in sizes.items()})
+    note(model, SIZES, {path: dict(row) for path, row in sizes.items()})
 
 
-def _names(model: Any) -> dict[str, list[tuple[dict[str, Any], str]]]:
+def note(model: Any, key: str, value: Any) -> None:
+    """Keep what was done with the model, through copies. A GraphModule keeps only its `meta` when it is copied."""
+    if isinstance(model, torch.fx.GraphModule):
+        model.meta[key] = value
+    else:
+        setattr(model, key, value)
+
+
+def noted(model: Any, key: str) -> Any:
+    """What `note` kept; None without."""
+    return model.meta.get(key) if isinstance(model, torch.fx.GraphModule) else getattr(model, key, None)
+
+
+def holders(model: Any) -> dict[str, list[tuple[dict[str, Any], str]]]:
     """Where every parameter and buffer is held: the dictionaries of modules, several for a tied one."""
     places: dict[int, list[tuple[dict[str, Any], str]]] = {}
     first: dict[str, list[tuple[dict[str, Any], str]]] = {}
