@@ -10,7 +10,8 @@ import torch
 from whet.errors import ExportError, ModelError
 from whet.graph.groups import Groups
 from whet.graph.structure import Structure
-from whet.torch.dimensions import Call, flat, read, shapes
+from whet.torch.calls import Call, flat, shapes
+from whet.torch.dimensions import read
 from whet.torch.model import device_of, dtype_of, evaluating, to_tensors
 from whet.torch.program import at_least_two, first_line, row_count, take_rows, trace_program
 

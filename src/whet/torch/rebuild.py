@@ -16,7 +16,7 @@ from whet.errors import ModelError
 from whet.graph.groups import Gone, Groups
 from whet.graph.ids import IntArray
 from whet.graph.structure import Site
-from whet.torch.dimensions import shapes
+from whet.torch.calls import shapes
 from whet.torch.groups import Reading, read_model
 from whet.torch.surgery import GRAPH, SIZES, holders, note, noted, resize, sliced
 
