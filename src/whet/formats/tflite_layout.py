@@ -14,6 +14,7 @@ from whet.formats.tflite import Array, File
 
 _ALIKE = {"ADD", "SUB", "MUL", "DIV", "MAXIMUM", "MINIMUM", "RELU", "RELU6", "LOGISTIC", "TANH", "HARD_SWISH", "GELU", "ABS"}
 _LAST = 2**31 - 1  # a slice's end beyond any axis
+_COMPUTED = {"BROADCAST_TO": 1, "TRANSPOSE_CONV": 0}  # operators -> the input that must hold every size
 _SHAPES = {"RESHAPE": 1, "SLICE": 2, "STRIDED_SLICE": 2}  # operators -> the input with sizes that may follow the batch
 
 
@@ -139,15 +140,16 @@ def open_batch(file: File, other: File, size: int, other_size: int) -> None:
             "The converter made other operations for another batch size, so that no file takes both. Export with "
             "dynamic=False for batches of the example's size."
         )
-    for operator, twin in zip(file.operators, other.operators, strict=True):
-        _open_operator(file, operator, [other.constant(int(i)) if i >= 0 else None for i in twin.inputs])
     for index in {*file.inputs, *(int(i) for operator in file.operators for i in operator.outputs)}:
-        pair = (file.tensors[index], other.tensors[index])
-        _open_tensor(*pair, size, other_size)
+        _open_tensor(file.tensors[index], other.tensors[index], size, other_size)
+    made: list[Any] = []
+    for operator, twin in zip(file.operators, other.operators, strict=True):
+        _open_operator(file, operator, [other.constant(int(i)) if i >= 0 else None for i in twin.inputs], size, made)
+    file.operators = [*made, *file.operators]
 
 
-def _open_operator(file: File, operator: Any, others: list[Array | None]) -> None:
-    """Give an operator whose constants hold the batch size ones that do not."""
+def _open_operator(file: File, operator: Any, others: list[Array | None], size: int, made: list[Any]) -> None:
+    """Give an operator whose constants hold the batch size ones that do not, or that are computed, by what is put in `made`."""
     name = file.operator_name(operator)
     inputs = [int(index) for index in operator.inputs]
     for place, (index, another) in enumerate(zip(inputs, others, strict=True)):
@@ -155,6 +157,9 @@ def _open_operator(file: File, operator: Any, others: list[Array | None]) -> Non
         if mine is None or another is None or (mine.shape == another.shape and np.array_equal(mine, another)):
             continue
         free = mine != another if mine.shape == another.shape else None
+        if free is not None and _COMPUTED.get(name) == place and int(free.sum()) == 1 and int(mine[free][0]) == size:
+            inputs[place] = _computed(file, mine, int(np.argmax(free)), made)
+            continue
         if free is None or _SHAPES.get(name) != place or (name == "RESHAPE" and int(free.sum()) != 1):
             raise ExportError(
                 f"The converter wrote the batch size into the constants of {name}, so that the file takes no other. Export "
@@ -165,6 +170,27 @@ def _open_operator(file: File, operator: Any, others: list[Array | None]) -> Non
         if name == "RESHAPE":
             operator.builtinOptions, operator.builtinOptionsType = None, 0
     operator.inputs = inputs
+
+
+def _computed(file: File, shape: Array, place: int, made: list[Any]) -> int:
+    """`shape` with the batch size of the file's first input at `place`, computed when the file runs."""
+    kinds, int32 = file.schema, file.schema.TensorType.INT32
+
+    def vector(name: str, inputs: list[int], length: int, kind: str, **options: Any) -> int:
+        file.tensors.append(kinds.TensorT(shape=[length], type=int32, buffer=0, name=b""))
+        operator = file.add_operator(name, inputs, [len(file.tensors) - 1])
+        operator.builtinOptionsType = getattr(kinds.BuiltinOptions, kind)
+        operator.builtinOptions = getattr(kinds, f"{kind}T")(**options)
+        made.append(operator)
+        return len(file.tensors) - 1
+
+    source = file.inputs[0]
+    whole = vector("SHAPE", [source], len(file.tensors[source].shape), "ShapeOptions", outType=int32)
+    ends = [file.add_constant(np.asarray([value], np.int32)) for value in (0, 1, 1)]
+    batch = vector("STRIDED_SLICE", [whole, *ends], 1, "StridedSliceOptions")
+    parts = [shape[:place], shape[place + 1 :]]
+    before, after = ([file.add_constant(part.astype(np.int32))] if len(part) else [] for part in parts)
+    return vector("CONCATENATION", [*before, batch, *after], len(shape), "ConcatenationOptions", axis=0)
 
 
 def _open_tensor(tensor: Any, twin: Any, size: int, other_size: int) -> None:
