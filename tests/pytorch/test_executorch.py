@@ -69,6 +69,13 @@ def float32(tmp_path_factory):
     return result, result.export(tmp_path_factory.mktemp("pte") / "float.pte", "executorch")
 
 
+@pytest.fixture(scope="module")
+def linear():
+    """The cheapest model to lower."""
+    data = RNG.normal(size=(130, 4)).astype(np.float32)
+    return whet.prune(seeded(lambda: nn.Sequential(nn.Linear(4, 3))), whet.Prune(0.25), example=data[:5], progress=False), data
+
+
 def test_an_int8_file_computes_what_the_simulation_does(made, int8):
     session = open_session(int8, threads=1)
     simulated, exact = answers(made.model, IMAGES), answers(made.float_model, IMAGES)
@@ -155,10 +162,8 @@ def test_named_inputs_and_outputs_keep_their_names(tmp_path):
         session.run({"a": data[0]["a"], "c": data[0]["b"]})
 
 
-def test_fixed_shapes_and_a_larger_batch_by_request(tmp_path):
-    model = nn.Sequential(nn.Linear(4, 3)).eval()
-    data = RNG.normal(size=(130, 4)).astype(np.float32)
-    result = whet.prune(model, whet.Prune(0.25), example=data[:5], progress=False)
+def test_fixed_shapes_and_a_larger_batch_by_request(linear, tmp_path):
+    result, data = linear
     fixed = open_session(result.export(tmp_path / "fixed.pte", "executorch", dynamic=False), threads=1)
     assert fixed.fixed_batch == 5
     np.testing.assert_allclose(fixed.run(data), answers(result.model, data), atol=1e-5)
@@ -185,8 +190,9 @@ def test_a_file_that_is_none_is_one_clear_error(int8, tmp_path, damage):
             use()
 
 
-def test_native_chatter_stays_away(float32, tmp_path, capfd):
-    open_session(float32[0].export(tmp_path / "quiet.pte", "executorch"), threads=1).run(IMAGES)
+def test_native_chatter_stays_away(linear, tmp_path, capfd):
+    result, data = linear
+    open_session(result.export(tmp_path / "quiet.pte", "executorch"), threads=1).run(data)
     captured = capfd.readouterr()
     assert captured.out == "" and captured.err == ""
 
@@ -208,16 +214,16 @@ def test_an_operator_without_a_kernel_is_named_and_nothing_is_left(tmp_path):
 
 
 def test_weights_alone_are_refused_as_integers_and_taken_in_16_bits(tmp_path):
-    alone = whet.quantize(
-        seeded(Net), whet.Quantize(whet.Int(8), activations=None), target="executorch", example=IMAGES[:2], progress=False
-    )
+    data = RNG.normal(size=(16, 4)).astype(np.float32)
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 3)))
+    given = {"target": "executorch", "example": data, "progress": False}
+    alone = whet.quantize(model, whet.Quantize(whet.Int(8), activations=None), **given)
     with pytest.raises(errors.ExportError, match="integer weights only beside integer activations"):
         alone.export(tmp_path / "alone.pte")
-    half = whet.quantize(
-        seeded(Net), whet.Quantize(whet.Float("float16"), None), target="executorch", example=IMAGES[:2], progress=False
-    )
+    half = whet.quantize(model, whet.Quantize(whet.Float("float16"), None), **given)
     path = half.export(tmp_path / "half.pte")
-    np.testing.assert_allclose(open_session(path, threads=1).run(IMAGES), answers(half.model, IMAGES), atol=1e-4)
+    assert read_dtypes(path)["stored"]["float16"] == 2 * 4 * 3
+    np.testing.assert_allclose(open_session(path, threads=1).run(data), answers(half.model, data), atol=1e-4)
 
 
 def test_the_original_is_untouched(made):

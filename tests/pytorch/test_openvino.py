@@ -23,7 +23,7 @@ OPENVINO = TARGETS["openvino"]
 EXPORTED = [name for name in CASES if name != "branching"]
 
 
-def written(folder, name, spec=None, *, dynamic=None):
+def write(folder, name, spec=None, *, dynamic=None):
     model, inputs = CASES[name]()
     plan = None
     if spec is not None:
@@ -31,6 +31,20 @@ def written(folder, name, spec=None, *, dynamic=None):
     path = folder / f"{name}.xml"
     export(model, plan, OPENVINO, path, example=inputs, dynamic=dynamic)
     return model, inputs, plan, path
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """`write` in a folder of its own, once for each way to be written: nobody changes what it returns."""
+    made = {}
+
+    def once(name, spec=None, *, dynamic=None):
+        key = (name, repr(spec), repr(dynamic))
+        if key not in made:
+            made[key] = write(tmp_path_factory.mktemp(name), name, spec, dynamic=dynamic)
+        return made[key]
+
+    return once
 
 
 def leaves(value):
@@ -52,23 +66,23 @@ def constants(path):
 
 
 @pytest.mark.parametrize("name", ["siamese", "recurrent", "attention", "decoder", "pixel_shuffle"])
-def test_float_files_return_what_the_model_does(tmp_path, name):
-    model, inputs, _, path = written(tmp_path, name)
+def test_float_files_return_what_the_model_does(written, name):
+    model, inputs, _, path = written(name)
     got, expected = leaves(open_session(path, threads=1).run(inputs)), leaves(predict(model, inputs))
     for mine, its in zip(expected, got, strict=True):
         np.testing.assert_allclose(its, mine, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", EXPORTED)
-def test_integer_files_return_what_the_simulation_does(tmp_path, name):
-    model, inputs, plan, path = written(tmp_path, name, Quantize())
+def test_integer_files_return_what_the_simulation_does(written, name):
+    model, inputs, plan, path = written(name, Quantize())
     got = open_session(path, threads=1).run(inputs)
     simulated, plain = predict(simulate(model, plan), inputs), predict(model, inputs)
     assert sqnr(simulated, got) > max(min(sqnr(simulated, plain) + 1, 40), 25)
 
 
-def test_the_file_holds_our_codes_and_computes_with_them(tmp_path):
-    model, _, plan, path = written(tmp_path, "residual", Quantize())
+def test_the_file_holds_our_codes_and_computes_with_them(written):
+    model, _, plan, path = written("residual", Quantize())
     stored = constants(path)
     state = convert(model, plan).state_dict()
     assert plan.weights
@@ -81,8 +95,8 @@ def test_the_file_holds_our_codes_and_computes_with_them(tmp_path):
     assert {dtype for dtype in dtypes["computed"]["Convolution"]} == {"uint8/int8"}
 
 
-def test_biases_are_floats_of_the_values_that_the_simulation_adds(tmp_path):
-    model, _, plan, path = written(tmp_path, "demo", Quantize())
+def test_biases_are_floats_of_the_values_that_the_simulation_adds(written):
+    model, _, plan, path = written("demo", Quantize())
     stored = [array.ravel() for array in constants(path).values() if array.dtype == np.float32]
     tensors = dict(simulate(model, plan).named_parameters())
     assert plan.biases
@@ -91,8 +105,8 @@ def test_biases_are_floats_of_the_values_that_the_simulation_adds(tmp_path):
         assert any(array.shape == bias.shape and np.allclose(array, bias, rtol=1e-6, atol=0) for array in stored), name
 
 
-def test_weights_alone_are_stored_in_integers_and_computed_in_float(tmp_path):
-    model, inputs, plan, path = written(tmp_path, "demo", Quantize(activations=None))
+def test_weights_alone_are_stored_in_integers_and_computed_in_float(written):
+    model, inputs, plan, path = written("demo", Quantize(activations=None))
     assert read_dtypes(path)["stored"]["int8"] == sum(
         dict(convert(model, plan).named_buffers())[name].numel() for name in plan.weights
     )
@@ -104,8 +118,8 @@ def test_weights_alone_are_stored_in_integers_and_computed_in_float(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_16_bit_weights_stay_16_bits(tmp_path, dtype):
-    model, inputs, plan, path = written(tmp_path, "demo", Quantize(weights=Float(dtype), activations=None))
+def test_16_bit_weights_stay_16_bits(written, dtype):
+    model, inputs, plan, path = written("demo", Quantize(weights=Float(dtype), activations=None))
     tensors = dict(model.named_parameters())
     assert read_dtypes(path)["stored"][dtype] == 2 * sum(tensors[name].numel() for name in plan.casts)
     np.testing.assert_allclose(
@@ -113,10 +127,10 @@ def test_16_bit_weights_stay_16_bits(tmp_path, dtype):
     )
 
 
-def test_layers_that_are_kept_stay_float(tmp_path):
-    _, _, plan, path = written(tmp_path, "demo", Quantize(keep=("*2",)))
+def test_layers_that_are_kept_stay_float(written):
+    _, _, plan, path = written("demo", Quantize(keep=("*2",)))
     full = Quantize()
-    more = written(tmp_path, "residual", full)[2]
+    more = written("residual", full)[2]
     assert more.weights and plan.weights
     floats = check_integer(path, float_allowed=9)["float"]
     model = CASES["demo"]()[0]
@@ -124,8 +138,8 @@ def test_layers_that_are_kept_stay_float(tmp_path):
     assert floats == layers - len(plan.weights)
 
 
-def test_the_batch_is_dynamic_or_fixed(tmp_path):
-    _, inputs, _, path = written(tmp_path, "demo")
+def test_the_batch_is_dynamic_or_fixed(written, tmp_path):
+    _, inputs, _, path = written("demo")
     session = open_session(path, threads=1)
     assert session.fixed_batch is None and session.run(inputs[:3]).shape[0] == 3
     model, inputs = CASES["demo"]()
@@ -135,8 +149,8 @@ def test_the_batch_is_dynamic_or_fixed(tmp_path):
     np.testing.assert_allclose(fixed.run(inputs[:6]), session.run(inputs[:6]), rtol=1e-4, atol=1e-5)
 
 
-def test_files_name_no_place_and_no_tool(tmp_path):
-    _, _, _, path = written(tmp_path, "demo")
+def test_files_name_no_place_and_no_tool(written, tmp_path):
+    _, _, _, path = written("demo")
     text = path.read_text()
     assert str(tmp_path) not in text and "conversion_parameters" not in text and "\n\t" not in text
 
@@ -154,16 +168,20 @@ def test_another_targets_plan_is_refused(tmp_path):
         export(model, dataclasses.replace(plan, target="onnxruntime"), OPENVINO, tmp_path / "m.xml", example=inputs)
 
 
-def test_four_bits_in_bytes(tmp_path):
+def test_four_bits_in_bytes(written):
     spec = Quantize(weights=Int(4, granularity=PerTensor()))
-    model, inputs, plan, path = written(tmp_path, "demo", spec)
+    model, inputs, plan, path = written("demo", spec)
     got, simulated = open_session(path, threads=1).run(inputs), predict(simulate(model, plan), inputs)
     assert sqnr(simulated, got) > max(sqnr(simulated, predict(model, inputs)), 20)
 
 
-def test_both_files_are_written_or_none(tmp_path):
+@pytest.fixture(scope="module")
+def made():
     model, inputs = CASES["demo"]()
-    made = whet.quantize(model, Quantize(), calibration=[inputs], target="openvino", progress=False)
+    return whet.quantize(model, Quantize(), calibration=[inputs], target="openvino", progress=False)
+
+
+def test_both_files_are_written_or_none(made, tmp_path):
     path = made.export(tmp_path / "m.xml")
     assert sorted(item.name for item in tmp_path.iterdir()) == ["m.bin", "m.xml"]
     assert parts(path) == [path, tmp_path / "m.bin"]
@@ -178,10 +196,8 @@ def test_both_files_are_written_or_none(tmp_path):
     assert [item.read_bytes() for item in parts(path)] == before
 
 
-def test_evidence_counts_both_files(tmp_path):
-    model, inputs = CASES["demo"]()
-    made = whet.quantize(model, Quantize(), calibration=[inputs], target="openvino", progress=False)
-    path = made.export(tmp_path / "m.xml")
+def test_evidence_counts_both_files(written):
+    _, inputs, _, path = written("demo", Quantize())
     labels = np.zeros(len(inputs), np.int64)
     evidence = whet.measure(path, [(inputs, labels)], progress=False)
     assert evidence.bytes == sum(item.stat().st_size for item in parts(path))
