@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from whet.errors import ExportError, WhetError, require
 from whet.graph.placement import Plan
 from whet.specs import Target
 from whet.torch.file_check import check_runs, output_names
 from whet.torch.interception import tensors_in
-from whet.torch.model import call, to_numpy, to_tensors
+from whet.torch.model import to_numpy, to_tensors
 from whet.torch.program import (
     arguments,
     at_least_two,
@@ -56,7 +57,7 @@ def export_executorch(model: Any, plan: Plan | None, target: Target, path: Path,
     program = trace_program(work, inputs, dynamic, largest=LARGEST_AXIS)
     check_sites(work, plan)
     program = _for_xnnpack(program, inputs, dynamic)
-    buffer = _lower(program, _signature(work, program, inputs), type(model).__name__)
+    buffer = _lower(program, _signature(program, inputs), type(model).__name__)
     path.write_bytes(buffer)
     check_runs(work, lambda batch: _run_file(path, batch), path, inputs, dynamic, quantized=plan is not None)
 
@@ -154,14 +155,14 @@ def _is_global(node: Any) -> bool:
     return list(node.args[1]) == list(given[2:]) and not any(padding) and len(node.args) <= 6
 
 
-def _signature(model: Any, program: Any, inputs: Any) -> str:
+def _signature(program: Any, inputs: Any) -> str:
     """Names of inputs and outputs, and for each input the axes whose size may vary."""
     placeholders = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
     names = list(placeholders)
     if isinstance(inputs, Mapping) and len(inputs) == len(names):
         names = [str(key) for key in inputs]
-    with torch.no_grad():
-        outputs = output_names(to_numpy(call(model, inputs)))
+    spec = program.call_spec.out_spec
+    outputs = output_names(pytree.tree_unflatten([None] * spec.num_leaves, spec))
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     shapes = [nodes[name].meta["val"].shape for name in placeholders]
     free = [[axis for axis, size in enumerate(shape) if not isinstance(size, int)] for shape in shapes]
