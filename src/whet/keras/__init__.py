@@ -7,6 +7,7 @@ from whet.keras.export import export
 from whet.keras.inspect import inspect
 from whet.keras.model import copy, predict, validate
 from whet.keras.prune import Pruner, prune
+from whet.keras.qat import finish, prepare, quantize_aware
 from whet.keras.quantize import FakeQuantize, quantize, simulate
 from whet.keras.store import load_model, save_model
 from whet.keras.training import train
@@ -21,11 +22,14 @@ __all__ = [
     "convert",
     "copy",
     "export",
+    "finish",
     "inspect",
     "load_model",
     "predict",
+    "prepare",
     "prune",
     "quantize",
+    "quantize_aware",
     "save_model",
     "simulate",
     "soft_targets",
