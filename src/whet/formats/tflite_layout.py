@@ -117,12 +117,22 @@ def _untransposed(file: File, index: int, produced: dict[int, Any]) -> int:
     return _untransposed(file, int(early.inputs[0]), produced)
 
 
-def before_transposes(file: File, index: int) -> int:
-    """The tensor that a transpose turned into `index`: the value as the operators around it have it."""
+def before_layout(file: File, index: int) -> int:
+    """The tensor that the converter turned into `index`: the value as the operators around it have it.
+
+    Before transposes, and before the reshape behind a dense layer over three axes, whose operator has two.
+    """
     produced = {int(operator.outputs[0]): operator for operator in file.operators}
-    while index in produced and file.operator_name(produced[index]) == "TRANSPOSE":
-        index = int(produced[index].inputs[0])
-    return index
+
+    def before(index: int, name: str) -> int:
+        while index in produced and file.operator_name(produced[index]) == name:
+            index = int(produced[index].inputs[0])
+        return index
+
+    dense = before(index, "RESHAPE")
+    if dense in produced and file.operator_name(produced[dense]) == "FULLY_CONNECTED":
+        return dense
+    return before(index, "TRANSPOSE")
 
 
 def open_batch(file: File, other: File, size: int, other_size: int) -> None:

@@ -19,7 +19,7 @@ from whet.errors import ExportError, MissingExtraError
 from whet.formats.converters import run_script, run_tflite
 from whet.formats.tflite import File, schema
 from whet.formats.tflite_integers import Find
-from whet.formats.tflite_layout import before_transposes, open_batch, tidy_transposes
+from whet.formats.tflite_layout import before_layout, open_batch, tidy_transposes
 from whet.formats.tflite_tidy import tidy
 from whet.formats.tflite_weights import Order, check_plan, finder, put_integers
 from whet.graph.placement import Plan
@@ -148,7 +148,7 @@ def _convert(programs: list[Any], name: str) -> list[bytes]:
 def _arrange(file: File, marks: list[str], count: int) -> dict[str, int]:
     """Where each mark is, in the layout that operators compute in. `count` outputs are the model's own."""
     tidy_transposes(file)
-    found = [before_transposes(file, index) for index in file.outputs[count:]]
+    found = [before_layout(file, index) for index in file.outputs[count:]]
     file.outputs = [*file.outputs[:count], *found]  # tidying leaves them alone
     tidy(file)
     return dict(zip(marks, found, strict=True))
