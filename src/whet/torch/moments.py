@@ -32,12 +32,12 @@ ROWS = 1 << 16  # of one weight, over all calibration data: a sample of the posi
 BLOCK = 8192  # rows that are summed in float32
 
 
-class _EnoughSeenError(WhetError):
+class EnoughSeenError(WhetError):
     """Ends a forward pass that has nothing left to show."""
 
 
 @dataclass(slots=True)
-class _Wanted:
+class Wanted:
     """What one forward pass must show: the calls of some weights, and some values."""
 
     calls: Counter[str] = field(default_factory=Counter)
@@ -58,18 +58,18 @@ class _Seen:
     outputs: Tensor | None
 
 
-class _Watching(Interceptor):
+class Watching(Interceptor):
     """Notes what is `wanted`, and ends the pass when it has all."""
 
-    wanted: _Wanted
+    wanted: Wanted
     seen: dict[str, list[_Seen]]
     values: dict[str, Tensor]
 
     def __init__(self, model: Any, *arguments: Any) -> None:
         super().__init__(model, *arguments)
-        self.begin(_Wanted())
+        self.begin(Wanted())
 
-    def begin(self, wanted: _Wanted) -> None:
+    def begin(self, wanted: Wanted) -> None:
         """Before a forward pass."""
         self.wanted, self.seen, self.values = wanted, {}, {}
 
@@ -113,10 +113,10 @@ class _Watching(Interceptor):
     def _end(self) -> None:
         missing = any(len(self.seen.get(name, ())) < count for name, count in self.wanted.calls.items())
         if not missing and len(self.values) == len(self.wanted.values):
-            raise _EnoughSeenError("All that was wanted of this pass has been seen.")
+            raise EnoughSeenError("All that was wanted of this pass has been seen.")
 
 
-class _QuantizedWatching(_Watching, Simulator):
+class QuantizedWatching(Watching, Simulator):
     """The same in the model that a plan simulates, without the last bits of its kernels: moments do not hold them."""
 
     def __init__(self, model: Any, plan: Plan) -> None:
@@ -143,22 +143,22 @@ class TorchRunner:
         self.reference = copy(model).eval()
         fold_(self.reference, self.folds, folded_weights(self.reference, self.folds))
         replace_(self.reference, tensors)
-        self.watching = _Watching(self.reference, self.folds)
+        self.watching = Watching(self.reference, self.folds)
 
     def regressions(self, plan: Plan | None, requests: Sequence[Request]) -> Mapping[str, tuple[Regression, ...]]:
         """See `Runner`."""
         if self.calibration is None:
             raise DataError("The moments of a model's values need calibration data, got None. Pass calibration=.")
         quantized = None if plan is None else rounded_copy(self.model, plan)
-        watching = None if plan is None or quantized is None else _QuantizedWatching(quantized, plan)
+        watching = None if plan is None or quantized is None else QuantizedWatching(quantized, plan)
         sums: dict[str, _Sums] = {}
         calls = Counter({request.weight: self.calls[request.weight] for request in requests})
         values = {request.beside for request in requests if request.beside is not None}
         rows = -(-ROWS // max(len(self.calibration), 1))
         for index, (inputs, _) in enumerate(self.calibration):
-            exact = self._pass(self.reference, self.watching, inputs, _Wanted(calls, values, rows, index, plan is None, True))
+            exact = self.forward(self.reference, self.watching, inputs, Wanted(calls, values, rows, index, plan is None, True))
             if watching is not None:
-                own = self._pass(quantized, watching, inputs, _Wanted(calls, values, rows, index, True, False))
+                own = self.forward(quantized, watching, inputs, Wanted(calls, values, rows, index, True, False))
             else:
                 own = exact
             for request in requests:
@@ -197,12 +197,13 @@ class TorchRunner:
         owner, _, last = name.rpartition(".")
         return getattr(self.reference.get_submodule(owner), last)
 
-    def _pass(self, model: Any, watching: _Watching, inputs: Any, wanted: _Wanted) -> _Watching:
+    def forward(self, model: Any, watching: Watching, inputs: Any, wanted: Wanted) -> Watching:
+        """One pass of `model` over a batch, as far as is needed to see what is `wanted`."""
         watching.begin(wanted)
         with torch.no_grad():
             try:
                 call(model, to_tensors(inputs, device_of(model), dtype_of(model)))
-            except _EnoughSeenError:
+            except EnoughSeenError:
                 return watching
         return watching
 
@@ -240,7 +241,7 @@ class _Sums:
         return tuple(checked(Regression(*part, count=self.count)) for part in parts)
 
 
-def _add(sums: dict[str, _Sums], request: Request, exact: _Watching, own: _Watching) -> None:
+def _add(sums: dict[str, _Sums], request: Request, exact: Watching, own: Watching) -> None:
     """The rows of one batch: columns of `own`, outputs of `exact`, with what the value beside has lost."""
     for reference, seen in zip(exact.seen.get(request.weight, ()), own.seen.get(request.weight, ()), strict=False):
         if reference.outputs is None or seen.columns is None:

@@ -14,8 +14,10 @@ from whet.graph.refine import needs_data, refine, refines
 from whet.graph.solve import solve
 from whet.records import Step
 from whet.specs import Int, Quantize, Target, to_dict
+from whet.specs.quantization import AdaRound
 from whet.torch.model import predict
 from whet.torch.moments import TorchRunner
+from whet.torch.reconstruct import reconstruct
 from whet.torch.trace import check_calibration, trace
 
 
@@ -46,6 +48,10 @@ def quantize(
     if refines(spec) or spec.correct_bias is not None:
         runner = TorchRunner(model, graph, dict(folds), calibration, equalized.tensors)
         solved = refine(solved, graph, traced.weights, traced.biases, runner, progress=progress)
+        if isinstance(spec.rounding, AdaRound) and spec.rounding.blocks and calibration is not None:
+            plan, rows = reconstruct(solved.plan, graph, traced.weights, calibration, runner, spec.rounding, progress=progress)
+            changed = tuple({**row, **rows.get(row["name"], {})} for row in solved.changed)
+            solved = replace(solved, plan=plan, changed=changed)
         if spec.correct_bias is not None and spec.correct_bias.analytic:
             solved = correct_analytically(solved, graph, traced.weights, traced.biases, runner)
     listed = {row["name"] for row in solved.skipped}

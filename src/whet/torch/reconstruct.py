@@ -1,0 +1,281 @@
+"""Block-wise reconstruction: the rounding of all weights of a block learned together, on the block's output.
+
+Li et al. 2021, BRECQ (arXiv:2102.05426), with the soft rounding of AdaRound and, at the block's input, random mixing of
+float and quantized values (Wei et al. 2022, QDrop, arXiv:2203.05740). The block alone is computed: the operations before it
+are skipped, and return tensors of their shape without content; the pass ends at the block's output.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from whet.data import Batches
+from whet.graph.blocks import Block, blocks
+from whet.graph.nodes import Graph
+from whet.graph.placement import Plan
+from whet.graph.views import WeightView
+from whet.numerics.adaround import annealed_beta, initial_variable, rectified_sigmoid, regularizer
+from whet.numerics.affine import QParams
+from whet.progress import task
+from whet.specs.quantization import AdaRound
+from whet.torch.interception import Call, Session, map_tensors
+from whet.torch.model import call, device_of, dtype_of, to_tensors
+from whet.torch.moments import EnoughSeenError, QuantizedWatching, TorchRunner, Wanted
+from whet.torch.namespace import xp
+from whet.torch.quantize import Simulator, rounded_copy
+
+Tensor = Any
+BATCH = 32
+CACHE_BYTES = 1 << 28  # of a block's inputs and outputs, each: fewer examples where they are larger
+LEARNING_RATE, STRENGTH = 0.01, 0.01
+MIXED = 0.5  # of the block's input values are taken from the float model
+KEEP = 0.05  # soft roundings begin this far from 0 and 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Cached:
+    """A block's data: float and quantized inputs, and the float outputs, (examples, …) each. inputs: a batch of the model's."""
+
+    exact: Tensor
+    quantized: Tensor
+    wanted: Tensor
+    inputs: Any
+
+    @property
+    def first(self) -> int:
+        """Examples in that batch."""
+        return _examples(self.inputs)
+
+
+def reconstruct(
+    plan: Plan,
+    graph: Graph,
+    weights: Mapping[str, WeightView],
+    calibration: Batches,
+    runner: TorchRunner,
+    spec: AdaRound,
+    *,
+    progress: bool,
+) -> tuple[Plan, dict[str, dict[str, Any]]]:
+    """`plan` with the codes of every block learned, where that lowers the block's error, and what the report's rows get.
+
+    Rows get "block_db": (before, after), the block's output ratio of signal to error. Weights that are no symmetric integers
+    keep their codes.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    every = blocks(graph)
+    with task("Reconstructing", len(every), enabled=progress) as bar:
+        for block in every:
+            learned = [name for name in block.weights if _is_learned(plan, name)]
+            data = _cached(plan, block, calibration, runner) if learned else None
+            if data is not None:
+                plan, before, after = _learn(plan, block, learned, weights, data, runner, spec)
+                rows |= {name: {"block_db": (before, after)} for name in learned}
+            bar.advance(note=block.end)
+    return plan, rows
+
+
+def _is_learned(plan: Plan, name: str) -> bool:
+    params = plan.weights.get(name)
+    return isinstance(params, QParams) and params.spec.symmetric
+
+
+def _cached(plan: Plan, block: Block, calibration: Batches, runner: TorchRunner) -> _Cached | None:
+    """The block's data from as many batches as fit; None where its values are no tensors with one row for each example."""
+    exact, quantized, wanted = [], [], []
+    model = rounded_copy(runner.model, plan)
+    own = QuantizedWatching(model, plan)
+    asked = Wanted(Counter(), {block.start, block.end})
+    size, batch = 0, None
+    for inputs, _ in calibration:
+        batch = inputs if batch is None else batch
+        seen = runner.forward(runner.reference, runner.watching, inputs, asked).values
+        own_seen = runner.forward(model, own, inputs, replace(asked, values={block.start})).values
+        if len(seen) < 2 or not own_seen or seen[block.start].shape[0] != seen[block.end].shape[0]:
+            return None
+        exact.append(seen[block.start])
+        quantized.append(own_seen[block.start])
+        wanted.append(seen[block.end])
+        size += max(seen[block.start].nbytes, seen[block.end].nbytes)
+        if size >= CACHE_BYTES:
+            break
+    same = all(t.shape[1:] == exact[0].shape[1:] for t in exact) and all(t.shape[1:] == wanted[0].shape[1:] for t in wanted)
+    return _Cached(torch.cat(exact), torch.cat(quantized), torch.cat(wanted), batch) if same else None
+
+
+def _learn(
+    plan: Plan,
+    block: Block,
+    learned: list[str],
+    weights: Mapping[str, WeightView],
+    data: _Cached,
+    runner: TorchRunner,
+    spec: AdaRound,
+) -> tuple[Plan, float, float]:
+    model = rounded_copy(runner.model, plan)
+    device = device_of(model)
+    running = _BlockRun(model, plan, block)
+    soft = {name: _Soft(plan, name, np.asarray(weights[name].array, np.float32), device) for name in learned}
+    size = min(BATCH, data.first)
+    inputs = to_tensors(_rows(data.inputs, size), device, dtype_of(model))
+    running.record(model, inputs)
+    optimizer = torch.optim.Adam([item.v for item in soft.values()], lr=LEARNING_RATE)
+    generator = torch.Generator().manual_seed(0)
+    before = running.error(model, inputs, data, {})
+    for step in range(spec.steps):
+        index = torch.randint(data.exact.shape[0], (size,), generator=generator)
+        mask = (torch.rand(data.exact[index].shape, generator=generator) < MIXED).to(device)
+        mixed = torch.where(mask, data.exact[index], data.quantized[index])
+        given = {name: item.weight() for name, item in soft.items()}
+        made = running.outputs(model, inputs, mixed, given)
+        channels = made.shape[-1] if made.ndim < 4 else made.shape[1]
+        loss = (made - data.wanted[index]).square().mean() * channels  # as in the paper: summed over channels
+        beta = annealed_beta(step, spec.steps)
+        if beta is not None:
+            for item in soft.values():
+                loss = loss + STRENGTH * regularizer(rectified_sigmoid(item.v, xp=xp), beta, xp=xp)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    codes = {name: item.codes() for name, item in soft.items()}
+    after = running.error(model, inputs, data, {name: item.hard(codes[name]) for name, item in soft.items()})
+    power = float(data.wanted.double().square().mean())
+    if after < before:
+        plan = replace(plan, codes={**plan.codes, **codes})
+    return plan, _db(power, before), _db(power, min(before, after))
+
+
+class _Soft:
+    """The rounding of one weight while it is learned, beginning at its present codes."""
+
+    def __init__(self, plan: Plan, name: str, array: npt.NDArray[np.float32], device: Any) -> None:
+        params: Any = plan.weights[name]
+        scale = np.broadcast_to(params.broadcast(array.shape)[0], array.shape)
+        present, exact = plan.encode(name, array).astype(np.float32), array / scale
+        self.limits = params.spec.qmin, params.spec.qmax
+        floor = np.clip(np.where(present > exact, present - 1, present), self.limits[0], self.limits[1] - 1)
+        fraction = np.clip((np.clip(exact - floor, 0, 1) + present - floor) / 2, KEEP, 1 - KEEP)
+        self.scale, self.floor, v = (
+            torch.from_numpy(np.ascontiguousarray(t, np.float32)).to(device) for t in (scale, floor, initial_variable(fraction))
+        )
+        self.kept = torch.from_numpy((array != 0).astype(np.float32)).to(device)
+        self.v = v.requires_grad_()
+
+    def weight(self) -> Tensor:
+        """The weight with soft codes."""
+        return (self.floor + rectified_sigmoid(self.v, xp=xp)) * self.scale * self.kept
+
+    def codes(self) -> npt.NDArray[np.int32]:
+        """The codes as they now are."""
+        with torch.no_grad():
+            up = (rectified_sigmoid(self.v, xp=xp) >= 0.5).float()
+            found: npt.NDArray[np.int32] = ((self.floor + up) * self.kept).cpu().numpy().astype(np.int32)
+        return found
+
+    def hard(self, codes: npt.NDArray[np.int32]) -> Tensor:
+        """The weight with these codes."""
+        return torch.from_numpy(codes.astype(np.float32)).to(self.scale.device) * self.scale
+
+
+class _BlockRun(Simulator):
+    """Runs one block of a simulated model, on values and with weights that are given."""
+
+    def __init__(self, model: Any, plan: Plan, block: Block) -> None:
+        super().__init__(model, plan)
+        self.kernels.active = False
+        self.block = block
+        self.empty: dict[str, Any] = {}
+        self.start: Tensor | None = None
+        self.given: Mapping[str, Tensor] = {}
+        self.made: Tensor | None = None
+        self.recording = False
+
+    def record(self, model: Any, inputs: Any) -> None:
+        """Note what the operations before the block return, in shape."""
+        self.recording = True
+        self._run(model, inputs)
+        self.recording = False
+
+    def outputs(self, model: Any, inputs: Any, start: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        """The block's output for its input `start`, with the weights `given` in place of the model's."""
+        self.start, self.given = start, given
+        self._run(model, inputs)
+        return self.made
+
+    def error(self, model: Any, inputs: Any, data: _Cached, given: Mapping[str, Tensor]) -> float:
+        """Mean squared error of the block's output on quantized inputs, over whole batches."""
+        size, total, count = _examples(inputs), 0.0, 0
+        with torch.no_grad():
+            for at in range(0, data.wanted.shape[0] - size + 1, size):
+                made = self.outputs(model, inputs, data.quantized[at : at + size], given)
+                total += float((made - data.wanted[at : at + size]).double().square().mean())
+                count += 1
+        return total / max(count, 1)
+
+    def _run(self, model: Any, inputs: Any) -> None:
+        try:
+            call(model, inputs)
+        except EnoughSeenError:
+            return
+
+    def enter(self, session: Session, args: Any, kwargs: Any) -> Any:
+        """A block may begin at the model's input."""
+        args, kwargs = super().enter(session, args, kwargs)
+        if self.block.start != "input:0" or self.recording or self.start is None:
+            return args, kwargs
+        given = self.start
+
+        def change(tensor: Tensor) -> Tensor:
+            return given if tensor.is_floating_point() else tensor
+
+        return map_tensors(args, change), map_tensors(kwargs, change)
+
+    def substitute(self, session: Session, tensor: Tensor) -> Tensor:
+        """Weights that are learned."""
+        name = session.parameter(tensor) if self.given else None
+        return self.given.get(name, tensor) if name is not None else tensor
+
+    def compute(self, session: Session, call: Call, site: str | None) -> Any:
+        """Nothing before the block."""
+        if self.recording or site is None or site in self.block.nodes or site not in self.empty:
+            return super().compute(session, call, site)
+        return self.empty[site]
+
+    def after(self, session: Session, call: Call, site: str, result: Any) -> Any:
+        """The block's input and output."""
+        if not self.recording and site == self.block.start:
+            return self.start
+        if not self.recording and site in self.empty and site not in self.block.nodes:
+            return result
+        result = super().after(session, call, site, result)
+        if self.recording and site not in self.block.nodes:
+            self.empty[site] = map_tensors(result, lambda t: t.new_zeros(()).expand(t.shape))
+        if site == self.block.end:
+            self.made = result
+            raise EnoughSeenError("The block's output is there.")
+        return result
+
+
+def _rows(inputs: Any, count: int) -> Any:
+    if isinstance(inputs, Mapping):
+        return {key: _rows(item, count) for key, item in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return tuple(_rows(item, count) for item in inputs)
+    return inputs[:count]
+
+
+def _examples(inputs: Any) -> int:
+    if isinstance(inputs, Mapping):
+        inputs = tuple(inputs.values())
+    return _examples(inputs[0]) if isinstance(inputs, tuple) else int(inputs.shape[0])
+
+
+def _db(power: float, error: float) -> float:
+    return float(10 * np.log10(power / error)) if power > 0 and error > 0 else float("inf")
