@@ -31,6 +31,7 @@ class Applied(nn.Module):
 
 def norm(layer):
     """A batch norm with statistics that do something."""
+    layer.eps = 0.1  # enough to be missed
     generator = torch.Generator().manual_seed(3)
     for tensor in (layer.running_mean, layer.running_var, layer.weight, layer.bias):
         if tensor is not None:
