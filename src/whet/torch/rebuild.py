@@ -1,7 +1,8 @@
 """A smaller model as a graph of its operations, for models whose own code fixes sizes (`Prune(rebuild="graph")`).
 
 The result is a `torch.fx.GraphModule` of the forward pass in inference mode: batch norms use their statistics and dropout does
-nothing, also in training. Parameters keep their names.
+nothing, also in training. Parameters keep their names. It trains further, takes masks, saves, loads and exports in float; its
+operations are torch's inner ones, which quantization does not know (`whet.quantize` names them).
 """
 
 from __future__ import annotations
