@@ -6,9 +6,10 @@ from whet.keras.distill import soft_targets
 from whet.keras.export import export
 from whet.keras.inspect import inspect
 from whet.keras.model import copy, predict, validate
+from whet.keras.posttraining import quantize
 from whet.keras.prune import Pruner, prune
 from whet.keras.qat import finish, prepare, quantize_aware
-from whet.keras.quantize import FakeQuantize, quantize, simulate
+from whet.keras.quantize import FakeQuantize, simulate
 from whet.keras.store import load_model, save_model
 from whet.keras.training import train
 

@@ -24,7 +24,8 @@ from whet.graph.views import Masks, WeightView
 from whet.keras.clone import Layer, Model, Program, Ref, Tensor, assemble, safe
 from whet.keras.learned import BiasSource, LearnedQuantize, add_quantizer_state, kernel_scale, quantized_class
 from whet.keras.model import copy
-from whet.keras.quantize import FakeQuantize, planned, quantize, quantized_view
+from whet.keras.posttraining import quantize
+from whet.keras.quantize import FakeQuantize, planned, quantized_view
 from whet.keras.training import train as run_training
 from whet.keras.views import kernels, to_numpy, walk
 from whet.numerics.affine import SCALE_FLOOR, QParams, fit_scale_to_bias

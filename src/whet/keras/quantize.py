@@ -1,9 +1,9 @@
-"""Post-training quantization of Keras models: trace, calibrate, solve; and the simulation of what was solved."""
+"""The simulation of a quantized Keras model: its program with rounded weights, and quantizers behind its values."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -11,25 +11,21 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
-from whet.data import Batches, rows
-from whet.errors import DataError, ModelError
-from whet.graph.nodes import Graph
-from whet.graph.placement import Placement, Plan
-from whet.graph.solve import Calibration, solve
+from whet.errors import ModelError
+from whet.graph.nodes import Node
+from whet.graph.placement import Plan
 from whet.graph.views import WeightView
 from whet.keras.arithmetic import Arithmetic
-from whet.keras.clone import Model, Program, Ref, Tensor, assemble, safe
-from whet.keras.model import predict
+from whet.keras.clone import Call, Model, Program, Ref, Tensor, assemble, renamed, safe
 from whet.keras.namespace import xp
 from whet.keras.trace import lowered
+from whet.keras.variables import named_variables
 from whet.keras.views import Kernel, to_numpy
-from whet.numerics.affine import QParams, fake_quantize, quantize_bias
-from whet.numerics.observers import Range
-from whet.progress import task
-from whet.records import Step
-from whet.specs import Int, Quantize, Target
-from whet.specs.base import to_dict
+from whet.numerics.affine import QParams, dynamic_rounded, fake_quantize, quantize_bias
+from whet.specs import Int
+from whet.specs.target import COMPUTE
 
+STORED = COMPUTE | {"einsum", "embedding"}  # operations whose weights alone are written as codes
 TIE = 1e-4  # what float arithmetic may take from a mean that is half a code
 
 
@@ -81,30 +77,27 @@ class FakeQuantize(keras.layers.Layer):  # type: ignore[misc]
         return {**super().get_config(), "scale": self.scale, "zero_point": self.zero_point, "away": self.away, **codes}
 
 
-def quantize(
-    model: Model, spec: Quantize, target: Target, *, calibration: Batches | None, example: Any, progress: bool
-) -> tuple[Plan, Step]:
-    """Trace, calibrate, place and solve. `model` is untouched.
+@keras.saving.register_keras_serializable(package="whet")
+class DynamicFakeQuantize(keras.layers.Layer):  # type: ignore[misc]
+    """A tensor rounded to unsigned codes of its own range, as `whet.numerics.affine.dynamic_rounded` does."""
 
-    Raises:
-        ModelError: the model cannot be traced, or nothing in it would change.
-        DataError: calibration is missing or empty, does not fit the model, or reaches NaN or Inf.
-    """
-    started = time.monotonic()
-    program = lowered(model, example)
-    ranges: dict[str, Range] = {}
-    if spec.activations is not None:
-        if calibration is None:
-            raise DataError(
-                "Quantizing activations needs calibration data: pass calibration= some hundred examples like those the model "
-                "will see, or quantize weights only with Quantize(…, activations=None)."
-            )
-        ranges = calibrate(program, calibration, progress)
-    weights, biases = arrays(program)
-    solved = solve(Calibration(program.graph, ranges, tuple(program.folds)), weights, biases, spec, target)
-    skipped = (*solved.skipped, *_float_operations(program.graph, solved.placement, target))
-    step = Step(to_dict(spec), solved.changed, skipped, time.monotonic() - started, None, solved.unmatched)
-    return solved.plan, step
+    def __init__(self, bits: int = 8, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.bits = int(bits)
+        self.supports_masking = True
+        self.built = True
+
+    def call(self, x: Tensor) -> Tensor:
+        """`x`, of any shape."""
+        return dynamic_rounded(x, self.bits, xp=xp)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The shape of the input."""
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments of the constructor."""
+        return {**super().get_config(), "bits": self.bits}
 
 
 def arrays(program: Program) -> tuple[dict[str, WeightView], dict[str, npt.NDArray[np.float32]]]:
@@ -122,45 +115,6 @@ def quantized_view(kernel: Kernel) -> WeightView:
     return WeightView(view.name, view.layer, array, array.ndim - 1, None)
 
 
-def calibrate(program: Program, calibration: Batches, progress: bool) -> dict[str, Range]:
-    """The range of every floating-point value over all batches; NaN where a value was not finite."""
-    watched = [ref.name for ref in program.values()]
-    observed = assemble(program, outputs=lambda tensors, _: [_extremes(tensors[name]) for name in watched])
-    ranges: dict[str, Range] = {}
-    with task("Calibrating", None, enabled=progress) as shown:
-        for inputs, _ in calibration:
-            count = rows(inputs)
-            for name, (low, high) in zip(watched, predict(observed, inputs), strict=True):
-                ranges[name] = _joined(ranges.get(name), Range(float(low), float(high), count))
-            shown.advance()
-    return ranges
-
-
-def _extremes(tensor: Tensor) -> Tensor:
-    """(2,): least and greatest value; NaN where any is not finite."""
-    tensor = ops.cast(tensor, "float32")
-    pair = ops.stack([ops.min(tensor), ops.max(tensor)])
-    return ops.where(ops.all(ops.isfinite(tensor)), pair, float("nan"))
-
-
-def _joined(seen: Range | None, new: Range) -> Range:
-    if seen is None:
-        return new
-    low, high = np.minimum(seen.low, new.low), np.maximum(seen.high, new.high)  # both keep a NaN
-    return Range(float(low), float(high), seen.count + new.count)
-
-
-def _float_operations(graph: Graph, placement: Placement, target: Target) -> list[dict[str, str]]:
-    """Operations without weights that read integers and compute in float: their layers are listed, not hidden."""
-    known = target.compute | target.quantized | target.fused | target.shared
-    found = {
-        node.layer: {"name": node.layer, "reason": f"operation {node.op!r} computes in float on {target.name}"}
-        for node in graph.nodes
-        if node.op not in known and node.weight is None and any(value in placement.values for value in node.inputs)
-    }
-    return list(found.values())
-
-
 def simulate(model: Model, plan: Plan) -> Model:
     """A copy of `model` that computes, in float, what the target's integers will.
 
@@ -175,7 +129,24 @@ def simulate(model: Model, plan: Plan) -> Model:
         program.kernels[name].variable.assign(array)
     for name, codes, scale in bias_codes(program, plan):
         program.biases[name].assign(codes.astype(np.float32) * scale)
+    round_at_run_time(program, plan)
     return assemble(program, insert=inserter(program, plan))
+
+
+def round_at_run_time(program: Program, plan: Plan) -> None:
+    """*In place*: a layer that rounds what it reads before every operation that the plan says so of."""
+    calls: list[Call] = []
+    for call in program.calls:
+        spec = plan.dynamic.get(call.node.name)
+        if spec is not None:
+            (source,) = call.inputs
+            layer = DynamicFakeQuantize(spec.bits, name=f"round_{safe(call.node.name)}")
+            ref = replace(source, name=f"{call.node.name}/input")
+            node = Node(ref.name, "dynamic", (source.name,), call.node.layer)
+            calls.append(Call(node, layer, (source,), {}, ref))
+            call = renamed(call, {source.name: ref})
+        calls.append(call)
+    program.calls = calls
 
 
 def planned(model: Model, plan: Plan, example: Any = None) -> Program:
@@ -184,7 +155,8 @@ def planned(model: Model, plan: Plan, example: Any = None) -> Program:
     values = {ref.name for ref in program.values()}
     missing = [name for name in (*plan.weights, *plan.casts) if name not in program.kernels]
     missing += [name for name in plan.biases if name not in program.biases]
-    missing += [name for name in plan.tensors if name not in program.kernels and name not in program.biases]
+    variables = named_variables(program)
+    missing += [name for name in plan.tensors if name not in variables]
     missing += [name for name in plan.values if name not in values]
     if missing:
         raise ModelError(
@@ -192,8 +164,7 @@ def planned(model: Model, plan: Plan, example: Any = None) -> Program:
             "Quantize this model itself."
         )
     for name, array in plan.tensors.items():
-        variable = program.kernels[name].variable if name in program.kernels else program.biases[name]
-        variable.assign(array.reshape(variable.shape))
+        variables[name].assign(array.reshape(variables[name].shape))
     return program
 
 
@@ -206,14 +177,16 @@ def _symbolic_example(model: Model) -> Any:
     return np.zeros([size or 1 for size in shape], np.float32)
 
 
-def rounded_weights(program: Program, plan: Plan) -> dict[str, npt.NDArray[np.float32]]:
-    """The planned weights as the file will hold them, in float."""
+def rounded_weights(program: Program, plan: Plan, only: Collection[str] | None = None) -> dict[str, npt.NDArray[np.float32]]:
+    """The planned weights (`only` these) as the file will hold them, in float."""
     found = {}
-    for name in plan.weights:
+    for name in plan.weights if only is None else plan.weights.keys() & set(only):
         kernel = program.kernels[name]
         array = np.asarray(quantized_view(kernel).array, np.float32)
         found[name] = plan.rounded(name, array).reshape(kernel.variable.shape)
     for name, dtype in plan.casts.items():
+        if only is not None and name not in only:
+            continue
         array = to_numpy(program.kernels[name].variable)
         found[name] = to_numpy(ops.cast(ops.cast(ops.convert_to_tensor(array), dtype), "float32"))
     return found
