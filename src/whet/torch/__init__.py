@@ -8,6 +8,7 @@ from whet.torch.inspect import inspect
 from whet.torch.model import copy, predict, validate
 from whet.torch.posttraining import quantize
 from whet.torch.prune import Pruner, prune
+from whet.torch.qat import finish, prepare, quantize_aware
 from whet.torch.quantize import simulate
 from whet.torch.removal import remove
 from whet.torch.store import load_model, save_model
@@ -21,12 +22,15 @@ __all__ = [
     "convert",
     "copy",
     "export",
+    "finish",
     "groups",
     "inspect",
     "load_model",
     "predict",
+    "prepare",
     "prune",
     "quantize",
+    "quantize_aware",
     "remove",
     "save_model",
     "simulate",

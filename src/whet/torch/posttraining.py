@@ -35,7 +35,7 @@ def quantize(
     started = time.perf_counter()
     observed = isinstance(spec.activations, Int)
     check_calibration(calibration, observed or needs_data(spec))
-    rules = _rules(target, spec)
+    rules = rules_for(target, spec)
     equalized = _equalized(model, spec, rules, calibration, example)
     options: dict[str, Any] = {"progress": progress, "observer": spec.observer, "tensors": equalized.tensors}
     traced = trace(model, example, calibration if observed else None, **options)
@@ -73,7 +73,7 @@ def _equalized(model: Any, spec: Quantize, rules: Target, calibration: Batches |
     return replace(found, folds=traced.calibration.folds)
 
 
-def _rules(target: Target, spec: Quantize) -> Target:
+def rules_for(target: Target, spec: Quantize) -> Target:
     """With symmetric activations a ReLU is no part of the rounding (half of the codes lie below zero): it stands alone."""
     symmetric = isinstance(spec.activations, Int) and spec.activations.symmetric
     return replace(target, fused=frozenset()) if symmetric and not target.signed_activations else target

@@ -24,6 +24,7 @@ from whet.progress import Task, task
 from whet.records import Step
 from whet.specs import Metric, Train, to_dict
 from whet.torch.distill import teaching
+from whet.torch.learner import scale_names
 from whet.torch.model import call, dtype_of, evaluating, on_device, to_numpy, to_tensors
 from whet.torch.objective import Objective
 from whet.torch.prune import Masker
@@ -43,11 +44,13 @@ def train(
     seed: int,
     device: str | None,
     progress: bool,
+    settled: int = 0,
 ) -> tuple[Masks, Step]:
     """*In place*: train with the techniques in `spec.apply`, masks held after every step, best weights restored.
 
     Without `val` (or without targets in it) the loss on train decides which epoch is best. The record's `history` has a
-    row for each epoch, its `notes` say in words what was decided and left out.
+    row for each epoch, its `notes` say in words what was decided and left out. No epoch is best that ends before `settled`
+    steps.
 
     Raises:
         SpecError: the pruning schedule does not fit into the training steps.
@@ -61,6 +64,7 @@ def train(
     with seeded(seed, device), on_device(model, device) as where, teaching(spec.distill, teacher, model, where) as tutor:
         masker = Masker(model, spec.prune, masks)
         loop = _Loop(model, spec, masker, ramp, Objective(spec, tutor, where, dtype_of(model)), steps)
+        loop.settled = settled
         judge = _Judge(model, val, metric, where)
         with task("Training", steps, enabled=progress) as shown:
             stop = loop.run(train, judge, seed, shown)
@@ -123,8 +127,8 @@ class _Loop:
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not trainable:
             raise ModelError("No parameter has requires_grad=True: there is nothing to train. Unfreeze some, or use prune().")
-        self.optimizer = torch.optim.AdamW(trainable, lr=spec.learning_rate, weight_decay=spec.weight_decay)
-        self.step = 0
+        self.optimizer = torch.optim.AdamW(_decaying(model), lr=spec.learning_rate, weight_decay=spec.weight_decay)
+        self.step, self.settled = 0, 0
         self.history: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.alone = 0  # batches left out: one example, which batch norm cannot train on
@@ -164,8 +168,8 @@ class _Loop:
         )
 
     def _is_eligible(self) -> bool:
-        """Whether a step was taken at the final sparsity."""
-        return self.ramp is None or self.ramp.is_done(self.step - 1)
+        """Whether a step was taken at the final sparsity, and with ranges that no longer change."""
+        return self.step >= self.settled and (self.ramp is None or self.ramp.is_done(self.step - 1))
 
     def _epoch(self, batches: Iterator[tuple[Any, Any]], epoch: int, shown: Task) -> float:
         """The mean loss over the batches of one epoch."""
@@ -250,6 +254,15 @@ class _Loop:
             )
         if self.alone:
             self.notes.append(f"{self.alone} batches of one example were left out: batch norm cannot train on them")
+
+
+def _decaying(model: Any) -> list[dict[str, Any]]:
+    """The trainable parameters in the optimizer's groups: learned scales are never decayed."""
+    scales = scale_names(model)
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": [parameter for name, parameter in trainable if name not in scales]}]
+    kept = [parameter for name, parameter in trainable if name in scales]
+    return [*groups, {"params": kept, "weight_decay": 0.0}] if kept else groups
 
 
 def plain_spec(spec: Train) -> dict[str, Any]:
