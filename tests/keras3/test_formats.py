@@ -131,8 +131,9 @@ def test_weights_alone_are_stored_small(target, tmp_path):
     model, inputs = zoo_keras.digits_cnn()
     for spec, kind in ((Quantize(Float("float16"), None), "float16"), (Quantize(Int(8), None), "int8")):
         plan, path = exported(model, inputs, tmp_path, target, spec)
-        # OpenVINO quantizes what dense layers with integer weights read, on its own.
-        assert noise(open_session(path).run(inputs), predict(simulate(model, plan), inputs)) > (80 if target is ORT else 35)
+        # Both runtimes round what dense layers with integer weights read to 8 bits, on their own; OpenVINO in 16-bit ones too.
+        bar = 80 if target is ORT and kind == "float16" else 35
+        assert noise(open_session(path).run(inputs), predict(simulate(model, plan), inputs)) > bar
         stored = read_dtypes(path)["stored"]
         size = 2 if kind == "float16" else 1
         assert stored[kind] >= size * sum(int(np.prod(v.shape)) for v in model.weights if len(v.shape) > 1)

@@ -185,9 +185,11 @@ def _block_dequantized(graph: Graph, weight: StoredWeight) -> str:
     if not isinstance(params, QParams):
         raise TypeError(f"{name} has levels, and DequantizeLinear takes scales alone")
     columns = weight.codes.shape[1]
-    attributes, scale, zero = {"axis": 1}, params.scale, params.zero_point
+    attributes = {"axis": 1}
+    scale: Array = params.scale
+    zero: Array = params.zero_point
     if params.group is None or scale.shape[0] == 1:
-        scale, zero = (np.broadcast_to(array.reshape(-1), (columns,)) for array in (scale, zero))
+        scale, zero = np.broadcast_to(scale.reshape(-1), (columns,)), np.broadcast_to(zero.reshape(-1), (columns,))
     else:
         attributes = {"axis": 0, "block_size": params.group[1]}
     inputs = [graph.constant(typed(weight), name), graph.constant(scale, f"{name}_scale")]

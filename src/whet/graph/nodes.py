@@ -1,7 +1,7 @@
 """A model as a list of operations in execution order, with canonical names for what they do.
 
-Canonical operations: "conv", "conv_transpose", "linear", "einsum", "embedding", "attention", "lstm", "gru", "rnn"
-(these carry weights), "relu", "relu6", "clamp", "add", "mul",
+Canonical operations: "conv", "conv_transpose", "linear", "conv3d", "einsum", "embedding", "attention", "lstm",
+"gru", "rnn" (these carry weights), "relu", "relu6", "clamp", "add", "mul",
 "concat", "max_pool", "avg_pool", "global_avg_pool", "softmax", "sigmoid", "tanh", "reshape", "flatten", "transpose", "slice",
 "identity" (dropout in inference), "batch_norm"; anything else bears its own function's name.
 """

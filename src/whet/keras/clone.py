@@ -17,7 +17,7 @@ import keras
 from whet.errors import ModelError
 from whet.graph.nodes import Graph, Node, kinds_of
 from whet.keras.model import copy, short
-from whet.keras.views import Kernel, kernels, unique, walk
+from whet.keras.views import Kernel, further_weights, kernels, unique, walk
 
 Layer = Any
 Model = Any
@@ -123,7 +123,7 @@ def record(model: Model, lower: Lower, example: Any = None) -> Program:
     inputs = [Ref(f"input:{i}", tuple(t.shape), str(t.dtype)) for i, t in enumerate(function.inputs)]
     input_names = [str(t.name) for t in (function if _function(model) is None else _function(model)).inputs]
     program = Program(model.name, [], keras.tree.pack_sequence_as(function._inputs_struct, inputs), None, input_names)
-    program.kernels = {kernel.name: kernel for kernel in kernels(copied)}
+    program.kernels = {kernel.name: kernel for kernel in (*kernels(copied), *further_weights(copied))}
     program.outputs = _visit(function, inputs, "", paths, lower, program)
     return program
 

@@ -25,6 +25,7 @@ from whet.errors import ExportError, MissingExtraError, require
 from whet.formats import onnx_external
 from whet.formats.converters import reason
 from whet.graph.placement import Plan
+from whet.graph.storage import refuse
 from whet.keras import onnx_worker
 from whet.keras.clone import Call, Model, Program, Ref, assemble, refs, safe
 from whet.keras.litert_export import input_names, output_names, shapes_of, trial
@@ -34,7 +35,7 @@ from whet.keras.onnx_operations import MOVES, RULES, Weights, common_form, conca
 from whet.keras.quantize import planned, simulate
 from whet.keras.trace import lowered
 from whet.numerics.affine import QParams
-from whet.specs import Target
+from whet.specs import TARGETS, Target
 
 _WORKER_SECONDS = 1800
 _TOLERANCE = 1e-3  # of the largest output: what float kernels may differ by
@@ -74,6 +75,8 @@ def build_onnx(model: Model, plan: Plan | None, *, example: Any, dynamic: Any = 
         MissingExtraError: the extra `onnx` is not installed, or PyTorch where a layer needs it.
     """
     require("onnx", "onnx", "Exporting to ONNX")
+    if plan is not None:
+        refuse(plan, TARGETS.get(plan.target))
     program = lowered(model, example) if plan is None else planned(model, plan, example)
     arranged = arrange(model, example)
     shapes = shapes_of(program, arranged, dynamic)
@@ -104,7 +107,7 @@ def _params(plan: Plan | None, ref: Ref) -> QParams | None:
 def _write(writer: Writer, call: Call, weights: Weights) -> None:
     """The nodes of one call, and its outputs as values."""
     op, results = call.node.op, refs(call.outputs)
-    if len(results) == 1 and all(ref.is_float for ref in (*call.inputs, *results)):
+    if len(results) == 1 and all(ref.is_float for ref in (*results, *(call.inputs if op != "embedding" else ()))):
         params = _params(weights.plan, results[0])
         if _move(writer, call, results[0], params):
             return
@@ -116,6 +119,7 @@ def _write(writer: Writer, call: Call, weights: Weights) -> None:
                     tensor = writer.add("Sum", [tensor], f"{call.node.name}_float")
             writer.put(results[0], tensor, form, params)
             return
+    weights.settle(call)
     inputs = tuple(writer.float(name, LAST) for name in dict.fromkeys(ref.name for ref in call.inputs))
     outputs = tuple(writer.name(ref.name) for ref in results)
     writer.nodes.append(Late(call, call.node.layer, inputs, outputs))
@@ -307,7 +311,8 @@ def _assembled(
     kept = [writer.onnx.numpy_helper.from_array(array, name) for name, array in writer.constants.items() if name in read]
     graph = helper.make_graph(nodes, "model", inputs, outputs, kept)
     used = [array.dtype for array in writer.constants.values()]
-    wide = any(dtype in (np.int16, np.uint16) for dtype in used)
+    wide = any(dtype in (np.int16, np.uint16) or dtype.kind == "V" for dtype in used)  # V: 4 bits, and 8-bit floats
+    wide = wide or any(attribute.name == "block_size" for node in nodes for attribute in node.attribute)
     opsets = [helper.make_opsetid("", _OPSET_WIDE if wide else _OPSET)]
     made = helper.make_model(graph, opset_imports=opsets, ir_version=_IR)
     made.producer_name, made.producer_version = "whet", importlib.metadata.version("whet")

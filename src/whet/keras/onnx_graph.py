@@ -60,6 +60,12 @@ class Writer:
         self.nodes.append(self.onnx.helper.make_node(op, list(inputs), [output], **attributes))
         return output
 
+    def split(self, op: str, inputs: Sequence[str], hint: str, outputs: int, **attributes: Any) -> list[str]:
+        """Append a node; the names of its outputs."""
+        names = [self.name(f"{hint}_{index}") for index in range(outputs)]
+        self.nodes.append(self.onnx.helper.make_node(op, list(inputs), names, **attributes))
+        return names
+
     def constant(self, array: Any, hint: str) -> str:
         """An initializer; equal ones are stored once."""
         array = np.array(array, order="C")

@@ -6,7 +6,8 @@ call. `MOVES` are rules on any type: they take a tensor and its form, floats or 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,13 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
+from whet.formats.onnx_weights import StoredWeight, check_even, decoded, dynamic_product, lookup, product
+from whet.graph import storage
 from whet.graph.placement import Plan
 from whet.keras.clone import Call, Program, refs
 from whet.keras.convert import kernel_codes
 from whet.keras.onnx_graph import FIRST, LAST, ROWS, Writer, is_plain, whole
-from whet.keras.quantize import bias_codes, quantized_view
+from whet.keras.quantize import bias_codes, quantized_view, rounded_weights
 from whet.keras.views import to_numpy
 
 Array = npt.NDArray[Any]
@@ -33,18 +36,31 @@ class Weights:
     program: Program
     plan: Plan | None
 
-    def kernel(self, name: str, arranged: Callable[[Array], Array], axis: int) -> str:
-        """A kernel in ONNX's order, the output channels on `axis`: stored as codes, in 16 bits, or as it is."""
+    def kernel(self, name: str, order: Sequence[int], axis: int) -> str:
+        """A kernel with its axes in ONNX's order, the output channels on `axis`: stored as codes, in 16 bits, or as it is."""
         kernel = self.program.kernels[name]
-        array = arranged(np.asarray(quantized_view(kernel).array, np.float32))
         if self.plan is not None and name in self.plan.weights:
-            params = self.plan.weights[name]
-            codes = self.writer.constant(arranged(kernel_codes(self.program, name, self.plan)), name)
-            return self._dequantized(codes, params.scale, name, axis)
+            params, stored = self.plan.weights[name], self.stored(name).turned(order)
+            if not self.plan.values or not storage.is_plain(params):
+                return decoded(self.writer, stored)
+            return self._dequantized(self.writer.constant(stored.codes.astype(np.int8), name), params.scale, name, axis)
+        array = np.transpose(np.asarray(quantized_view(kernel).array, np.float32), order)
         half = self.plan.casts.get(name) if self.plan is not None else None
         if half is None and str(kernel.variable.dtype) in ("float16", "bfloat16"):
             half = str(kernel.variable.dtype)
         return self._cast(array, half, name)
+
+    def stored(self, name: str) -> StoredWeight:
+        """A planned weight, in the layout in which it is quantized."""
+        plan: Any = self.plan
+        stored = StoredWeight(name, kernel_codes(self.program, name, plan), plan.weights[name])
+        if plan.target.startswith("openvino"):
+            check_even([stored])
+        return stored
+
+    def is_alone(self, name: str) -> bool:
+        """Whether a weight is stored as codes beside float activations."""
+        return self.plan is not None and name in self.plan.weights and not self.plan.values
 
     def bias(self, call: Call) -> str | None:
         """The bias of a call: int32 at the product of the scales where the plan says so, else float."""
@@ -59,8 +75,19 @@ class Weights:
         return self._cast(to_numpy(self.program.biases[name]).astype(np.float32), None, name)
 
     def is_quantized(self, call: Call) -> bool:
-        """Whether the call's weight is stored as codes."""
-        return self.plan is not None and call.node.weight in self.plan.weights
+        """Whether the call's weight is stored as codes of an integer kernel."""
+        return (
+            self.plan is not None
+            and call.node.weight in self.plan.weights
+            and storage.is_plain(self.plan.weights[call.node.weight])
+        )
+
+    def settle(self, call: Call) -> None:
+        """Let a layer that another process writes hold what is left of its weights."""
+        for name in call.node.weights if self.plan is not None else ():
+            if self.plan is not None and (name in self.plan.weights or name in self.plan.casts):
+                kernel = self.program.kernels[name]
+                kernel.variable.assign(rounded_weights(self.program, self.plan, (name,))[name])
 
     def _dequantized(self, codes: str, scale: Any, name: str, axis: int) -> str:
         scale = np.asarray(scale, np.float32)
@@ -89,7 +116,7 @@ def convolution(writer: Writer, call: Call, weights: Weights) -> Made:
     spatial = len(source.shape) - 2
     order = (spatial + 1, spatial, *range(spatial))
     groups = int(source.shape[-1] or 0) if depthwise else int(layer.groups)
-    kernel = weights.kernel(name, lambda array: array.transpose(order), 0)
+    kernel = weights.kernel(name, order, 0)
     bias = weights.bias(call)
     inputs = [writer.float(source.name, FIRST), kernel, *([] if bias is None else [bias])]
     sizes, strides, dilations = (_tuple(value, spatial) for value in (layer.kernel_size, layer.strides, layer.dilation_rate))
@@ -106,7 +133,7 @@ def transposed_convolution(writer: Writer, call: Call, weights: Weights) -> Made
     spatial = len(source.shape) - 2
     if getattr(layer, "output_padding", None) is not None or layer.padding not in ("same", "valid"):
         return None
-    kernel = weights.kernel(str(call.node.weight), lambda a: a.transpose((spatial + 1, spatial, *range(spatial))), 1)
+    kernel = weights.kernel(str(call.node.weight), (spatial + 1, spatial, *range(spatial)), 1)
     bias = weights.bias(call)
     sizes, strides, dilations = (_tuple(value, spatial) for value in (layer.kernel_size, layer.strides, layer.dilation_rate))
     reach = [(size - 1) * dilation + 1 for size, dilation in zip(sizes, dilations, strict=True)]
@@ -122,16 +149,52 @@ def transposed_convolution(writer: Writer, call: Call, weights: Weights) -> Made
 
 
 def linear(writer: Writer, call: Call, weights: Weights) -> Made:
-    """Dense, over rows; over the last of many open axes as a plain product."""
+    """Dense, over rows; over the last of many open axes as a plain product. Codes beside floats are a product of codes."""
     (source,) = call.inputs
     name, bias = str(call.node.weight), weights.bias(call)
+    if weights.is_alone(name):
+        write = dynamic_product if weights.plan is not None and call.node.name in weights.plan.dynamic else product
+        return write(writer, writer.float(source.name, LAST), weights.stored(name), bias, call.node.name), LAST
     if len(source.shape) > 2 and not is_plain(source.shape):
-        made = writer.add("MatMul", [writer.float(source.name, LAST), weights.kernel(name, lambda a: a, 1)], call.node.name)
+        made = writer.add("MatMul", [writer.float(source.name, LAST), weights.kernel(name, (0, 1), 1)], call.node.name)
         return (made if bias is None else writer.add("Add", [made, bias], call.node.name)), LAST
-    kernel = weights.kernel(name, lambda array: array.T, 0)
+    kernel = weights.kernel(name, (1, 0), 0)
     inputs = [writer.float(source.name, ROWS), kernel, *([] if bias is None else [bias])]
     made = writer.add("Gemm", inputs, call.node.name, transB=1)
     return made, ROWS if len(source.shape) > 2 else LAST
+
+
+def embedding(writer: Writer, call: Call, weights: Weights) -> Made:
+    """Rows of a table of codes or of 16-bit floats; a float table has no rule here."""
+    (source,) = call.inputs
+    name = str(call.node.weight)
+    if weights.plan is not None and name in weights.plan.casts and not call.operation.mask_zero:
+        table = weights.kernel(name, (0, 1), 0)
+        return writer.add("Gather", [table, writer.values[source.name].floats[LAST]], call.node.name, axis=0), LAST
+    if not weights.is_alone(name) or call.operation.mask_zero:
+        return None
+    return lookup(writer, writer.values[source.name].floats[LAST], weights.stored(name), call.node.name), LAST
+
+
+def einsum(writer: Writer, call: Call, weights: Weights) -> Made:
+    """EinsumDense with codes as its kernel, where it is a product over the last axis; others have no rule here."""
+    (source,) = call.inputs
+    layer, name = call.operation, str(call.node.weight)
+    left, right, made = re.split(r",|->", layer.equation.replace(" ", "").replace("...", ""))
+    is_product = len(right) == 2 and left[-1:] == right[0] and made == left[:-1] + right[1]
+    cast = weights.plan is not None and name in weights.plan.casts
+    if not (weights.is_alone(name) or cast) or not is_product or layer.activation is not keras.activations.linear:
+        return None
+    bias = None
+    if layer.bias is not None:
+        if len(layer.bias.shape) != 1:
+            return None
+        bias = writer.constant(to_numpy(layer.bias).astype(np.float32), f"{call.node.layer}/bias")
+    x = writer.float(source.name, LAST)
+    if not cast:
+        return product(writer, x, weights.stored(name), bias, call.node.name), LAST
+    result = writer.add("MatMul", [x, weights.kernel(name, (0, 1), 1)], call.node.name)
+    return (result if bias is None else writer.add("Add", [result, bias], call.node.name)), LAST
 
 
 def elementwise(op: str) -> Callable[..., Made]:
@@ -259,6 +322,8 @@ RULES: dict[str, Callable[..., Made]] = {
     "conv": convolution,
     "conv_transpose": transposed_convolution,
     "linear": linear,
+    "embedding": embedding,
+    "einsum": einsum,
     "relu": elementwise("Relu"),
     "relu6": relu6,
     "sigmoid": elementwise("Sigmoid"),

@@ -25,6 +25,15 @@ _WEIGHTED: tuple[tuple[type, str], ...] = (
     (L.Conv2D, "conv"),
     (L.Dense, "linear"),
 )
+_WEIGHTS_ALONE: tuple[tuple[Any, str], ...] = (
+    (L.Embedding, "embedding"),
+    (L.EinsumDense, "einsum"),
+    ((L.Conv3D, L.Conv3DTranspose), "conv3d"),
+    ((L.MultiHeadAttention, L.GroupQueryAttention), "attention"),
+    (L.LSTM, "lstm"),
+    (L.GRU, "gru"),
+    ((L.RNN, L.Bidirectional), "rnn"),
+)
 _SEPARABLE = ((L.SeparableConv1D, L.DepthwiseConv1D, L.Conv1D), (L.SeparableConv2D, L.DepthwiseConv2D, L.Conv2D))
 _PLAIN: dict[type, str] = {
     L.Flatten: "flatten",
@@ -66,6 +75,7 @@ _OPERATIONS = {
     "Squeeze": "reshape",
     "ExpandDims": "reshape",
 }
+_HOLDS_SEVERAL = {"attention", "lstm", "gru", "rnn"}
 _NEEDS_TWO = {"add", "mul"}  # tensors; one beside a constant is an operation of its own
 _OVERRIDES = {"call", "__call__", "build", "kernel", "bias", "activation", "convolution_op"}
 
@@ -119,6 +129,9 @@ def canonical(layer: Layer, call: Call) -> str:
     for cls, op in _WEIGHTED:
         if isinstance(layer, cls):
             return op if _is_standard(layer) else kind.__name__
+    for cls, op in _WEIGHTS_ALONE:
+        if isinstance(layer, cls) and type(layer).__module__.startswith("keras."):
+            return op if not getattr(layer, "lora_enabled", False) else kind.__name__
     if kind in _PLAIN:
         name = _PLAIN[kind]
         return name if _channels_last(layer) else kind.__name__
@@ -221,7 +234,8 @@ def _laid(call: Call, path: str, program: Program, stages: list[tuple[str, str |
         bias = f"{path}/bias" if op in ("conv", "conv_transpose", "linear") and f"{path}/bias" in program.biases else None
         if bias is not None and not layer.use_bias:
             bias = None
-        node = replace(call.node, name=name, op=op, inputs=names((args, kwargs)), weight=weight, bias=bias)
+        inside = tuple(n for n in program.kernels if n.startswith(f"{path}/") and n != weight) if op in _HOLDS_SEVERAL else ()
+        node = replace(call.node, name=name, op=op, inputs=names((args, kwargs)), weight=weight, bias=bias, more=inside)
         made_refs = [replace(ref, name=value) for ref, value in zip(refs(call.outputs), node.values, strict=True)]
         if position < len(stages) - 1:
             made_refs[0] = replace(made_refs[0], shape=tuple(layer.compute_output_shape(refs((args, kwargs))[0].shape)))

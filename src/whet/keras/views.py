@@ -21,6 +21,7 @@ Variable = Any
 _CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 _TRANSPOSED = (keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose)
 _DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
+_CELLS = (keras.layers.LSTMCell, keras.layers.GRUCell, keras.layers.SimpleRNNCell)
 _SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
 
 
@@ -93,6 +94,19 @@ def kernels(model: Layer) -> list[Kernel]:
             if id(variable) not in seen:
                 seen.add(id(variable))
                 found.append(Kernel(f"{path}/{attribute}", path, variable, out_axis, in_axis))
+    return found
+
+
+def further_weights(model: Layer) -> list[Kernel]:
+    """The weights that are quantized alone and never pruned: embeddings (rows, features), and those of recurrent cells."""
+    found: list[Kernel] = []
+    for path, layer in walk(model):
+        if not layer.built or getattr(layer, "lora_enabled", False):
+            continue
+        if isinstance(layer, keras.layers.Embedding):
+            found.append(Kernel(f"{path}/embeddings", path, layer.embeddings, 0, 1))
+        elif isinstance(layer, _CELLS):
+            found += [Kernel(f"{path}/{name}", path, getattr(layer, name), 1, 0) for name in ("kernel", "recurrent_kernel")]
     return found
 
 
