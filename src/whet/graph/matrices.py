@@ -113,18 +113,20 @@ def _integers(params: QParams, place: Array) -> Rounder:
 
 
 def _levels(params: Codebook, place: Array) -> Rounder:
-    scales = params.scale.ravel().astype(np.float64)
-    table = np.asarray(params.levels, np.float64).reshape(-1, params.levels.shape[-1])
-    middles = (table[:, 1:] + table[:, :-1]) / 2
+    scales = params.scale.ravel()
+    table = params.levels.reshape(-1, params.levels.shape[-1])
+    middles = table[:, 1:] / 2 + table[:, :-1] / 2
 
     def round_columns(values: Floats, columns: Columns) -> tuple[Codes, Floats]:
         at = place[:, columns]
         own = at if table.shape[0] > 1 else np.zeros_like(at)
-        step = scales[at]
+        step = scales[at].astype(values.dtype)
         unit = values / step
-        codes = np.zeros(values.shape, np.int32)
+        below, not_above = np.zeros(values.shape, np.int32), np.zeros(values.shape, np.int32)
         for index in range(middles.shape[1]):
-            codes += unit > middles[own, index]
+            below += middles[own, index] < unit
+            not_above += middles[own, index] <= unit
+        codes = np.where(below % 2 == 0, below, not_above)  # half-way the even code wins, as in Codebook.encode
         return codes, (table[own, codes] * step).astype(values.dtype)
 
     return round_columns

@@ -1,0 +1,55 @@
+"""Moments of inputs and wanted outputs, against sums written out."""
+
+import numpy as np
+import pytest
+
+from whet.errors import DataError
+from whet.numerics.regression import merged, regression
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(0.5, 1.0, (200, 6))
+WEIGHT = RNG.normal(size=(4, 6))
+T = X @ WEIGHT.T + RNG.normal(0, 0.1, (200, 4)) + np.asarray([3.0, -1.0, 0.0, 2.0])
+
+
+def test_the_error_with_a_given_bias_is_the_mean_squared_error():
+    bias, rounded = RNG.normal(size=4), np.round(WEIGHT)
+    error = regression(X, T).quadratic(bias).error(rounded)
+    np.testing.assert_allclose(error, np.mean((T - X @ rounded.T - bias) ** 2, axis=0), rtol=1e-9)
+
+
+def test_the_error_with_a_free_bias_is_the_least_over_all_biases():
+    state, rounded = regression(X, T), np.round(WEIGHT)
+    bias = state.free_bias(rounded)
+    best = np.mean((T - X @ rounded.T - bias) ** 2, axis=0)
+    np.testing.assert_allclose(state.quadratic(None).error(rounded), best, rtol=1e-9)
+    np.testing.assert_allclose(np.mean(T - X @ rounded.T - bias, axis=0), 0, atol=1e-12)
+    for shift in (-0.1, 0.1):
+        assert np.all(np.mean((T - X @ rounded.T - bias - shift) ** 2, axis=0) > best)
+
+
+def test_variances_are_those_of_the_outputs():
+    state = regression(X, T)
+    np.testing.assert_allclose(state.target_variance, T.var(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(state.output_variance(WEIGHT), (X @ WEIGHT.T).var(axis=0), rtol=1e-9)
+
+
+def test_blocks_merge_to_the_whole():
+    state = None
+    for rows in (slice(0, 30), slice(30, 31), slice(31, 200)):
+        state = merged(state, regression(X[rows], T[rows]))
+    whole = regression(X, T)
+    assert state.count == whole.count == 200
+    for name in ("second", "mean", "absmax", "cross", "target_mean", "target_second"):
+        np.testing.assert_allclose(getattr(state, name), getattr(whole, name), rtol=1e-10)
+
+
+def test_what_does_not_pair_up_or_is_not_finite_is_refused():
+    with pytest.raises(DataError, match="pair up"):
+        regression(X, T[:-1])
+    with pytest.raises(DataError, match="pair up"):
+        regression(X[:0], T[:0])
+    broken = X.copy()
+    broken[3, 2] = np.inf
+    with pytest.raises(DataError, match="NaN or Inf"):
+        regression(broken, T)
