@@ -129,7 +129,8 @@ class Step:
 
     spec: the spec's plain form. changed: one mapping per changed weight, `{"name", …}` with any of "sparsity", "bits",
     "scheme", "error_db" (SQNR of the stored weight), "parameters", "sensitivity", "histogram" (`{"edges": [low, high],
-    "before": [counts], "after": [counts]}`), "shape" and "left" (before and after channels were removed). skipped: what stayed as it was, and why. unmatched:
+    "before": [counts], "after": [counts]}`), "shape" and "left" (before and after channels were removed). skipped: what stayed
+    as it was, and why. unmatched:
     patterns of the spec that named nothing. train: None, or `{"history": [{"epoch", "loss", "metric", "sparsity",
     "learning_rate", "eligible"}], "stop": {"reason", "best_epoch", "epochs"}, "metric": name, "notes": [sentence]}`;
     epochs count from 1; eligible: whether the epoch could be best (the pruning schedule was done).
