@@ -72,8 +72,9 @@ from whet.specs import (
 if TYPE_CHECKING:
     from whet.pipeline.compress import compress
     from whet.pipeline.compressed import Compressed
+    from whet.pipeline.sensitivity import Sensitivity, sensitivity
     from whet.pipeline.store import load
-    from whet.pipeline.verbs import distill, fit, groups, inspect, measure, prune, quantize
+    from whet.pipeline.verbs import distill, finish, fit, groups, inspect, measure, prune, quantize
     from whet.records import Evidence, Report
     from whet.runtimes import targets
 
@@ -84,12 +85,15 @@ _LAZY = {
     "Compressed": "whet.pipeline.compressed",
     "load": "whet.pipeline.store",
     "distill": "whet.pipeline.verbs",
+    "finish": "whet.pipeline.verbs",
     "fit": "whet.pipeline.verbs",
     "groups": "whet.pipeline.verbs",
     "inspect": "whet.pipeline.verbs",
     "measure": "whet.pipeline.verbs",
     "prune": "whet.pipeline.verbs",
     "quantize": "whet.pipeline.verbs",
+    "sensitivity": "whet.pipeline.sensitivity",
+    "Sensitivity": "whet.pipeline.sensitivity",
     "Evidence": "whet.records",
     "Report": "whet.records",
 }
@@ -161,6 +165,7 @@ __all__ = [
     "Random",
     "Recipe",
     "Report",
+    "Sensitivity",
     "SmoothQuant",
     "SoftTargets",
     "Target",
@@ -172,6 +177,7 @@ __all__ = [
     "WhetError",
     "compress",
     "distill",
+    "finish",
     "fit",
     "groups",
     "inspect",
@@ -179,5 +185,6 @@ __all__ = [
     "measure",
     "prune",
     "quantize",
+    "sensitivity",
     "targets",
 ]

@@ -19,6 +19,7 @@ from whet.files import check_writable, filling
 from whet.numerics.statistics import examples_needed
 from whet.pipeline.compressed import Compressed, as_metric, outputs_of, placement_record, start
 from whet.pipeline.pruning import prune_step
+from whet.pipeline.quantizing import quantize_step
 from whet.pipeline.side import Model, side_of
 from whet.pipeline.verbs import expect
 from whet.records import Report
@@ -185,8 +186,17 @@ def run_recipe(recipe: Recipe, job: Job) -> Compressed:
             record = prune_step(made, step, job.train)
         else:
             calibration = _some(job.train, CALIBRATION_EXAMPLES, job.seed)
-            made.plan, record = made.side.quantize(
-                made.float_model, step, job.target, calibration=calibration, example=job.example, progress=job.progress
+            record = quantize_step(
+                made,
+                step,
+                job.target,
+                calibration=calibration,
+                train=job.train,
+                val=job.val,
+                metric=job.metric,
+                teacher=job.model,
+                device=job.device,
+                progress=job.progress,
             )
         made.steps += (record,)
     return made

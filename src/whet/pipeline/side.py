@@ -14,6 +14,7 @@ from whet.data import Batches
 from whet.errors import ModelError, require
 from whet.graph.placement import Plan
 from whet.graph.summary import Summary
+from whet.graph.variants import Variants
 from whet.graph.views import Masks
 from whet.records import Step
 from whet.specs import Metric, Prune, Quantize, Target, Train
@@ -64,8 +65,32 @@ class Side(Protocol):
     ) -> tuple[Plan, Step]:
         """Trace, calibrate, place and solve. `model` is untouched; `example` is a batch's inputs to trace with."""
 
+    def quantize_aware(
+        self,
+        model: Model,
+        spec: Quantize,
+        plan: Plan,
+        fit: Train,
+        *,
+        train: Batches,
+        val: Batches | None,
+        metric: Metric | None,
+        teacher: Model | None,
+        masks: Masks,
+        seed: int,
+        device: str | None,
+        progress: bool,
+    ) -> tuple[Plan, Step]:
+        """*In place*: train `model` from `plan` on as `fit` says, masks held; the plan with the trained scales."""
+
+    def finish(self, prepared: Model) -> tuple[Model, Plan]:
+        """The float model and the plan of a model that the side's `prepare` made and the user trained."""
+
     def simulate(self, model: Model, plan: Plan) -> Model:
         """A copy of `model` that computes, in float, what the target's integers will: batch norm folded as planned."""
+
+    def variants(self, model: Model, plan: Plan, example: Any) -> Variants:
+        """A copy of `model` that computes any part of `plan`, one after another."""
 
     def convert(self, model: Model, plan: Plan) -> Model:
         """A copy of the float `model` that stores integer weights and int32 biases, with no weight quantization left."""

@@ -13,6 +13,7 @@ from whet.errors import DataError, SpecError
 from whet.graph.summary import Summary
 from whet.pipeline.compressed import Compressed, as_metric, outputs_of, plain_model, start
 from whet.pipeline.pruning import groups, prune_step
+from whet.pipeline.quantizing import finish, quantize_step
 from whet.pipeline.side import Model, side_of
 from whet.records import Evidence
 from whet.specs import Distill, Int, Metric, Prune, Quantize, Recipe, Target, Train, find_target
@@ -143,16 +144,25 @@ def quantize(
     *,
     calibration: Any = None,
     target: str | Target | None = None,
+    fit: Train | None = None,
+    train: Any = None,
+    val: Any = None,
+    metric: Any = None,
     example: Any = None,
     seed: int = 0,
+    device: str | None = None,
     progress: bool = True,
 ) -> Compressed:
     """Quantize a copy of `model` after training, as `target` places it. `calibration` is representative, unlabelled data.
 
+    With `Quantize(qat=QAT(…))` the quantized model is then trained on `train`: epochs and learning rate are QAT's, loss, decay,
+    early stopping and distillation `fit`'s; the best epoch on `val` is kept. With `teacher=True` the given model teaches.
+
     The result's `model` simulates the integers in float; `export` writes them.
 
     Raises:
-        DataError: calibration is missing, empty or not finite.
+        DataError: calibration, or training data, is missing, empty or not finite.
+        SpecError: `fit` without `qat`, or one that prunes.
         ModelError: nothing would be quantized.
         TargetError: an unknown target.
     """
@@ -170,8 +180,19 @@ def quantize(
         _see(compressed, batches)
     if compressed.example is None:
         raise DataError("quantize() traces the model and needs a batch: pass calibration= or example=.")
-    compressed.plan, step = compressed.side.quantize(
-        compressed.float_model, spec, rules, calibration=batches, example=compressed.example, progress=progress
+    validation = None if val is None else Batches(val, "val")
+    step = quantize_step(
+        compressed,
+        spec,
+        rules,
+        calibration=batches,
+        fit=fit,
+        train=None if train is None else Batches(train, "train"),
+        val=validation,
+        metric=None if validation is None else as_metric(metric, validation),
+        teacher=plain_model(model),
+        device=device,
+        progress=progress,
     )
     compressed.steps += (step,)
     return compressed
@@ -235,4 +256,4 @@ def expect(name: str, value: Any, kind: type) -> None:
         raise SpecError(f"{name} must be a whet.{kind.__name__}(…), got {value!r}.")
 
 
-__all__ = ["Metric", "Model", "distill", "fit", "groups", "inspect", "measure", "prune", "quantize"]
+__all__ = ["Metric", "Model", "distill", "finish", "fit", "groups", "inspect", "measure", "prune", "quantize"]

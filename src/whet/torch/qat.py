@@ -268,7 +268,7 @@ def quantize_aware(
     prepared = prepared_for(model, plan, target, masks=masks, steps=steps, example=example)
     settled = observed_steps(spec.qat or QAT(), steps)
     options: dict[str, Any] = {"seed": seed, "device": device, "progress": progress, "settled": settled}
-    _, trained = run_training(prepared, fit, train=train, val=val, metric=metric, teacher=teacher, masks={}, **options)
+    _, trained = run_training(prepared, fit, train=train, val=val, metric=metric, teacher=teacher, masks=masks, **options)
     finished, plan = finish(prepared)
     with torch.no_grad():
         own = _tensors(model)

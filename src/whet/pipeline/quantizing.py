@@ -1,0 +1,96 @@
+"""Quantization inside the pipeline: after training, then in training where the spec says so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from whet.data import Batches
+from whet.errors import DataError, SpecError
+from whet.graph.views import Masks
+from whet.pipeline.compressed import Compressed
+from whet.pipeline.side import Model, side_of
+from whet.records import Step
+from whet.specs import Distill, Metric, Quantize, Target, Train
+
+
+def quantize_step(
+    compressed: Compressed,
+    spec: Quantize,
+    target: Target,
+    *,
+    calibration: Batches | None,
+    fit: Train | None = None,
+    train: Batches | None = None,
+    val: Batches | None = None,
+    metric: Metric | None = None,
+    teacher: Model | None = None,
+    device: str | None = None,
+    progress: bool = True,
+) -> Step:
+    """Quantize the float model of `compressed`, which gets a plan, and train it with that plan where `spec.qat` says so.
+
+    Raises:
+        DataError: training data is missing. SpecError: `fit` prunes, or there is nothing to train.
+    """
+    fit = training_of(spec, fit, train)
+    compressed.plan, step = compressed.side.quantize(
+        compressed.float_model, spec, target, calibration=calibration, example=compressed.example, progress=progress
+    )
+    if fit is None or train is None:
+        return step
+    compressed.plan, trained = compressed.side.quantize_aware(
+        compressed.float_model,
+        spec,
+        compressed.plan,
+        fit,
+        train=train,
+        val=val,
+        metric=metric,
+        teacher=teacher if fit.distill is not None else None,
+        masks=compressed.masks,
+        seed=compressed.seed,
+        device=device,
+        progress=progress,
+    )
+    rows = {row["name"]: row for row in trained.changed}
+    changed = tuple({**row, **rows.get(row["name"], {})} for row in step.changed)
+    return replace(step, changed=changed, seconds=step.seconds + trained.seconds, train=trained.train)
+
+
+def training_of(spec: Quantize, fit: Train | None, train: Batches | None) -> Train | None:
+    """The training that `spec.qat` asks for: its epochs and learning rate, all else from `fit`; None without `qat`.
+
+    Raises:
+        DataError: training data is missing. SpecError: `fit` without `qat`, or a `fit` that prunes.
+    """
+    if spec.qat is None:
+        if fit is not None:
+            raise SpecError("quantize(fit=Train(…)) trains with the quantized model: say so with Quantize(…, qat=QAT(…)).")
+        return None
+    if train is None:
+        raise DataError("Quantize(qat=QAT(…)) trains, and needs train= data: batches of (inputs, targets).")
+    fit = Train() if fit is None else fit
+    if fit.prune is not None:
+        raise SpecError(
+            "Prune before Quantize(qat=…), not inside its training: whet.prune(…, fit=…) first, or a recipe of "
+            "Train(apply=[Prune(…)]) and Quantize(qat=…). Masks are kept."
+        )
+    teaches = spec.qat.teacher and fit.distill is None
+    apply = (*fit.apply, Distill()) if teaches else fit.apply
+    return replace(fit, epochs=spec.qat.epochs, learning_rate=spec.qat.learning_rate, apply=apply)
+
+
+def finish(prepared: Any, *, example: Any = None, masks: Masks | None = None, seed: int = 0) -> Compressed:
+    """The result of training that `whet.torch.prepare` or `whet.keras.prepare` began: a `Compressed` that exports.
+
+    `example` is a batch's inputs, to trace with. `masks` are those that were given to `prepare`.
+
+    Raises:
+        ModelError: `prepared` was not made by `prepare`, or its weights are not finite.
+    """
+    side = side_of(prepared)
+    float_model, plan = side.finish(prepared)
+    if example is not None:
+        example, _ = Batches([example], "example").first()
+    return Compressed(side, float_model, example, plan, dict(masks or {}), seed=seed)
