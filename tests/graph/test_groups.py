@@ -114,6 +114,13 @@ def test_a_budget_is_met_and_not_by_far(what, share) -> None:
     assert getattr(groups.size(choose(groups, families, [np.arange(64.0)] * 2, count)), what) == left
 
 
+def test_with_rounding_layers_take_back_what_the_budget_allows() -> None:
+    """Both hidden layers step from 64 to 56 at once; at 90 % of the MACs one of them need not."""
+    groups = chain((8, 64, 64, 4))
+    found = counts(groups, Prune(macs=0.9, granularity=Channel(), round_to=8), [np.arange(64.0), np.arange(64.0) ** 2])
+    assert sorted(map(len, found.values())) == [0, 8]
+
+
 def test_a_budget_that_cannot_be_met_says_what_can() -> None:
     with pytest.raises(ModelError, match="removing all that can leave gives 8 of 208"):
         counts(chain(), Prune(macs=0.01, granularity=Channel(), round_to=1))

@@ -66,7 +66,7 @@ def choose(groups: Groups, families: Sequence[Family], scores: Sequence[Floats],
         ModelError: nothing would leave, or the budget of `spec` cannot be met.
     """
     if spec.sparsity is not None:
-        gone = _gone(groups, families, scores, spec, spec.sparsity)
+        gone = _gone(groups, families, scores, _lost(groups, families, scores, spec, spec.sparsity))
     else:
         gone = _within_budget(groups, families, scores, spec)
     if not gone.any():
@@ -77,15 +77,21 @@ def choose(groups: Groups, families: Sequence[Family], scores: Sequence[Floats],
     return gone
 
 
-def _gone(groups: Groups, families: Sequence[Family], scores: Sequence[Floats], spec: Prune, sparsity: float) -> Gone:
-    roots = []
-    for family, score, lost in zip(families, scores, _counts(families, scores, spec, sparsity), strict=True):
-        width = family.width
+def _gone(groups: Groups, families: Sequence[Family], scores: Sequence[Floats], lost: Sequence[int]) -> Gone:
+    """The `lost` lowest groups of every family."""
+    rows = zip(families, scores, lost, strict=True)
+    return groups.gone([family.roots[np.argsort(score, kind="stable")[:count]] for family, score, count in rows])
+
+
+def _lost(groups: Groups, families: Sequence[Family], scores: Sequence[Floats], spec: Prune, sparsity: float) -> list[int]:
+    """How many groups each family loses, rounded."""
+    found = []
+    for family, lost in zip(families, _counts(families, scores, spec, sparsity), strict=True):
         axis = len(groups.structure.held[family.members[0].tensor].value[family.members[0].axis])
         step = 1 if family.kind == "head" else spec.round_to
-        left = round_kept(len(family), lost, step=step, width=width, others=axis - len(family) * width)
-        roots.append(family.roots[np.argsort(score, kind="stable")[:left]])
-    return groups.gone(roots)
+        others = axis - len(family) * family.width
+        found.append(round_kept(len(family), lost, step=step, width=family.width, others=others))
+    return found
 
 
 def _counts(families: Sequence[Family], scores: Sequence[Floats], spec: Prune, sparsity: float) -> list[int]:
@@ -102,28 +108,37 @@ def _build(family: Family) -> Any:
 
 
 def _within_budget(groups: Groups, families: Sequence[Family], scores: Sequence[Floats], spec: Prune) -> Gone:
-    """The least sparsity at which the model fits, by halving."""
+    """The least sparsity at which the model fits, by halving; then layers take back their last step while it still fits.
+
+    Rounding makes many layers step at once; those whose returning groups score highest take theirs back first.
+    """
     what = next(name for name in ("macs", "parameters", "bytes") if getattr(spec, name) is not None)
     limit, full = getattr(spec, what), groups.size()
     allowed = limit * getattr(full, what) if limit < 1 else limit
 
-    def size(gone: Gone) -> int:
-        return int(getattr(groups.size(gone), what))
+    def size(lost: Sequence[int]) -> int:
+        return int(getattr(groups.size(_gone(groups, families, scores, lost)), what))
 
     if getattr(full, what) <= allowed:
         raise SpecError(f"The model has {getattr(full, what):,} {what} and fits Prune({what}={limit:g}) as it is.")
     low, high = 0.0, 0.999
-    gone = _gone(groups, families, scores, spec, high)
-    if size(gone) > allowed:
+    fewer, lost = [0] * len(families), _lost(groups, families, scores, spec, high)
+    if size(lost) > allowed:
         raise ModelError(
-            f"Prune({what}={limit:g}) allows {allowed:,.0f} {what}, and removing all that can leave gives {size(gone):,} of "
+            f"Prune({what}={limit:g}) allows {allowed:,.0f} {what}, and removing all that can leave gives {size(lost):,} of "
             f"{getattr(full, what):,}. Allow more, lower round_to={spec.round_to}, or loosen keep= (see whet.groups)."
         )
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        trial = _gone(groups, families, scores, spec, middle)
+        trial = _lost(groups, families, scores, spec, middle)
         if size(trial) <= allowed:
-            high, gone = middle, trial
+            high, lost = middle, trial
         else:
-            low = middle
-    return gone
+            low, fewer = middle, trial
+    rows = zip(scores, fewer, lost, strict=True)
+    worth = [float(normalised(np.sort(score))[few:many].mean()) if few < many else 0.0 for score, few, many in rows]
+    for i in sorted(range(len(families)), key=lambda i: -worth[i]):
+        trial = [*lost[:i], min(fewer[i], lost[i]), *lost[i + 1 :]]
+        if size(trial) <= allowed:
+            lost = trial
+    return _gone(groups, families, scores, lost)
