@@ -12,6 +12,7 @@ from whet.keras.qat import finish, prepare, quantize_aware
 from whet.keras.quantize import FakeQuantize, simulate
 from whet.keras.store import load_model, save_model
 from whet.keras.training import train
+from whet.keras.variants import variants
 
 FRAMEWORK = "keras"
 
@@ -36,4 +37,5 @@ __all__ = [
     "soft_targets",
     "train",
     "validate",
+    "variants",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -133,14 +133,18 @@ def simulate(model: Model, plan: Plan) -> Model:
     return assemble(program, insert=inserter(program, plan))
 
 
-def round_at_run_time(program: Program, plan: Plan) -> None:
-    """*In place*: a layer that rounds what it reads before every operation that the plan says so of."""
+def round_at_run_time(program: Program, plan: Plan, wrapped: Callable[[str, Any], Any] | None = None) -> None:
+    """*In place*: a layer that rounds what it reads before every operation that the plan says so of.
+
+    wrapped: what takes the place of the layer, by the operation's name.
+    """
     calls: list[Call] = []
     for call in program.calls:
         spec = plan.dynamic.get(call.node.name)
         if spec is not None:
             (source,) = call.inputs
-            layer = DynamicFakeQuantize(spec.bits, name=f"round_{safe(call.node.name)}")
+            layer: Any = DynamicFakeQuantize(spec.bits, name=f"round_{safe(call.node.name)}")
+            layer = layer if wrapped is None else wrapped(call.node.name, layer)
             ref = replace(source, name=f"{call.node.name}/input")
             node = Node(ref.name, "dynamic", (source.name,), call.node.layer)
             calls.append(Call(node, layer, (source,), {}, ref))

@@ -96,8 +96,12 @@ def metric_drop(
     original: Measured, compressed: Measured, metric: Metric, *, confidence: float = 0.95, seed: int = 0
 ) -> Estimate:
     """How much worse the metric became, in its own units, with the paired interval."""
+    return score_drop(original.score, compressed.score, metric, confidence=confidence, seed=seed)
+
+
+def score_drop(before: Score, after: Score, metric: Metric, *, confidence: float = 0.95, seed: int = 0) -> Estimate:
+    """As `metric_drop`, of two scores on the same examples."""
     sign = 1.0 if metric.higher_is_better else -1.0
-    before, after = original.score, compressed.score
     value = sign * (before.value - after.value)
     if before.scores is not None and after.scores is not None:
         if len(before.scores) < 2:

@@ -13,6 +13,7 @@ from whet.torch.quantize import simulate
 from whet.torch.removal import remove
 from whet.torch.store import load_model, save_model
 from whet.torch.training import train
+from whet.torch.variants import variants
 
 FRAMEWORK = "torch"
 
@@ -37,4 +38,5 @@ __all__ = [
     "soft_targets",
     "train",
     "validate",
+    "variants",
 ]
