@@ -33,20 +33,21 @@ def kinds_of(params: QParams | Codebook) -> tuple[str, ...]:
     return (*found, "int16") if params.bits > 8 else found or ("int8",)
 
 
-def refuse(plan: Plan, target: Target | None) -> None:
-    """Refuse what integer kernels do not take, and what the files of `target` (None: any) cannot hold.
+def refuse(plan: Plan, target: Target | None, *, wide: bool = False) -> None:
+    """Refuse what integer kernels do not take (unless `wide` codes are computed in float), and what the files of `target`
+    (None: any) cannot hold.
 
     Raises:
         ExportError: naming the weight or value, what it has, and targets that take it.
     """
     for name, params in plan.values.items():
-        if params.bits > 8:
+        if params.bits > 8 and not wide:
             raise ExportError(
                 f"The value {name!r} has {params.bits} bits; integer kernels of {plan.target} take at most 8. "
                 "It can be simulated, not exported: choose Int(8) or fewer bits."
             )
     for name, weight in plan.weights.items():
-        if plan.values and isinstance(weight, QParams) and weight.bits > 8:
+        if plan.values and isinstance(weight, QParams) and weight.bits > 8 and not wide:
             raise ExportError(
                 f"The weight {name!r} has {weight.bits} bits; integer kernels of {plan.target} take at most 8. "
                 "It can be simulated, not exported: choose Int(8) or fewer bits."

@@ -76,7 +76,7 @@ def build_onnx(model: Model, plan: Plan | None, *, example: Any, dynamic: Any = 
     """
     require("onnx", "onnx", "Exporting to ONNX")
     if plan is not None:
-        refuse(plan, TARGETS.get(plan.target))
+        refuse(plan, TARGETS.get(plan.target), wide=True)
     program = lowered(model, example) if plan is None else planned(model, plan, example)
     arranged = arrange(model, example)
     shapes = shapes_of(program, arranged, dynamic)
