@@ -134,6 +134,8 @@ class Step:
     patterns of the spec that named nothing. train: None, or `{"history": [{"epoch", "loss", "metric", "sparsity",
     "learning_rate", "eligible"}], "stop": {"reason", "best_epoch", "epochs"}, "metric": name, "notes": [sentence]}`;
     epochs count from 1; eligible: whether the epoch could be best (the pruning schedule was done).
+
+    control: None, or how a search for what to quantize went: "adaptive" and "max_drop", see docs/report.md.
     """
 
     spec: dict[str, Any]
@@ -142,6 +144,7 @@ class Step:
     seconds: float
     train: dict[str, Any] | None = None
     unmatched: tuple[str, ...] = ()
+    control: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The form of a step in report.json."""
@@ -152,6 +155,7 @@ class Step:
             "seconds": self.seconds,
             "train": self.train,
             "unmatched": list(self.unmatched),
+            "control": self.control,
         }
 
     @classmethod
@@ -164,6 +168,7 @@ class Step:
             plain["seconds"],
             plain["train"],
             tuple(plain.get("unmatched", ())),
+            plain.get("control"),
         )
 
 

@@ -71,6 +71,17 @@ def test_outputs_come_nearer_than_with_the_nearest_codes(residual, spec):
     assert gain > (3 if spec is BEST else 0.5)
 
 
+def test_blocks_are_learned_on_their_own_outputs(residual):
+    spec = Quantize(Int(2), rounding=AdaRound(steps=150, blocks=True), correct_bias=BiasCorrection(), overrides={"fc": Int(8)})
+    layers, _ = plan_of(residual[0], Quantize(Int(2), rounding=AdaRound(steps=150), correct_bias=BiasCorrection()), residual[1])
+    plan, step = plan_of(residual[0], spec, residual[1])
+    gains = {row["name"]: row["block_db"] for row in step.changed}
+    assert all(after >= before for before, after in gains.values())
+    assert gains["conv2.weight"] == gains["conv3.weight"] and gains["conv2.weight"][1] > gains["conv2.weight"][0] + 0.1
+    assert not np.array_equal(plan.codes["conv2.weight"], layers.codes["conv2.weight"])
+    assert plan.codes["conv2.weight"].min() >= -2 and plan.codes["conv2.weight"].max() <= 1
+
+
 def test_the_model_is_left_alone_and_the_result_is_reproducible(residual):
     model, batches, test = residual
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -235,7 +246,7 @@ def test_weights_alone_need_data_only_where_an_algorithm_does(residual):
     for spec in (Quantize(Int(4, symmetric=False), None, weight_observer=HQQ()), Quantize(Int(4), None, equalize=CrossLayer())):
         quantize(model, spec, ORT, calibration=None, example=batches[0], progress=False)
     for spec in (Quantize(Int(4), None, rounding=GPTQ()), Quantize(Int(4), None, equalize=AWQ())):
-        with pytest.raises(DataError, match="calibration"):
+        with pytest.raises(DataError, match=r"(GPTQ|AWQ) looks at what the layers compute"):
             quantize(model, spec, ORT, calibration=None, example=batches[0], progress=False)
 
 

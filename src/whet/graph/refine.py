@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from whet.data import Batches
+from whet.errors import DataError
 from whet.graph.channels import WEIGHTED
 from whet.graph.matrices import layout
 from whet.graph.nodes import Graph, Node
@@ -74,6 +76,18 @@ def needs_data(spec: Quantize) -> bool:
     return refines(spec) or isinstance(spec.equalize, SmoothQuant | AWQ)
 
 
+def check_data(spec: Quantize, calibration: Batches | None) -> None:
+    """Raise `DataError` where an algorithm of `spec` needs calibration data and there is none."""
+    if calibration is not None or not needs_data(spec):
+        return
+    equalize = isinstance(spec.equalize, SmoothQuant | AWQ)
+    which = spec.equalize if equalize else spec.correct_bias if isinstance(spec.rounding, Nearest) else spec.rounding
+    raise DataError(
+        f"{type(which).__name__} looks at what the layers compute and needs calibration data, got None. Pass calibration= some "
+        "hundred examples like those the model will see; labels are not used."
+    )
+
+
 def refine(
     solved: Solved,
     graph: Graph,
@@ -100,6 +114,8 @@ def refine(
             for request in wave:
                 work.layer(request.weight, seen.get(request.weight))
                 bar.advance(note=request.weight)
+    if not isinstance(spec.rounding, Nearest):
+        work.note_others({request.weight for wave in waves for request in wave})
     changed = tuple({**row, **work.rows.get(row["name"], {})} for row in solved.changed)
     return replace(solved, plan=work.plan, changed=changed, skipped=(*solved.skipped, *work.skipped))
 
@@ -116,7 +132,8 @@ class _Work:
         spec: Quantize,
     ) -> None:
         self.plan, self.weights, self.biases, self.spec = plan, weights, biases, spec
-        self.nodes = {node.weight: node for node in reversed(graph.nodes) if node.weight is not None}
+        self.nodes = {name: node for node in reversed(graph.nodes) for name in node.weights}
+        self.nodes |= {str(node.weight): node for node in reversed(graph.nodes) if node.op in WEIGHTED}
         self.uses: dict[str, set[str | None]] = {}
         for node in graph.nodes:
             if node.bias is not None:
@@ -155,6 +172,12 @@ class _Work:
         signal = sum(float(np.sum(s.target_variance)) for s in seen)
         self._store(name, found, where.array(found.codes), tensors, isinstance(self.spec.rounding, Nearest))
         self.rows[name] |= {"output_db": _db(signal, sum(errors[1])), "nearest_db": _db(signal, sum(errors[0]))}
+
+    def note_others(self, seen: set[str]) -> None:
+        """List the layers whose weights are no matrices of rows: embeddings, attention, recurrent layers."""
+        for name in self.plan.weights:
+            if name not in seen and name in self.nodes:
+                self._skip(self.nodes[name], f"rounded to nearest: operation {self.nodes[name].op!r} is no product of rows")
 
     def _corrects(self, node: Node, own: Any) -> bool:
         """Whether the layer's bias may follow; a bias that several weights share, or that is not there, may not."""

@@ -228,6 +228,16 @@ class Quantize:
     stays float. `overrides` gives layers, named in the same way, another weight scheme; the first match counts. The target
     may change the *sign* of activation codes (uint8 and int8 are one lattice shifted by 128), never their scale.
 
+    What serves best at 4 bits and fewer, from some hundred to a thousand images without labels (layers at both ends keep 8):
+
+        Quantize(
+            Int(4), rounding=GPTQ(), weight_observer=MSE(), correct_bias=BiasCorrection(),
+            overrides={"conv1": Int(8), "linear": Int(8)},
+        )
+
+    There `MSE()` chooses the scales by the error of each layer's output. With `Nearest()`, or without data, it is that of the
+    weights. At 8 bits the defaults do.
+
     In order: batch norms are folded; `equalize`; ranges; `rounding`; `correct_bias`; `qat`. With `max_drop` the layers that
     cost most are put back to float until the drop measured on the exported file (the upper end of the paired interval)
     holds.

@@ -10,7 +10,7 @@ from whet.data import Batches
 from whet.graph.correct import correct_analytically
 from whet.graph.equalize import Equalized, check_same_function, equalize
 from whet.graph.placement import Plan
-from whet.graph.refine import needs_data, refine, refines
+from whet.graph.refine import check_data, refine, refines
 from whet.graph.solve import solve
 from whet.records import Step
 from whet.specs import Int, Quantize, Target, to_dict
@@ -34,7 +34,8 @@ def quantize(
     """
     started = time.perf_counter()
     observed = isinstance(spec.activations, Int)
-    check_calibration(calibration, observed or needs_data(spec))
+    check_calibration(calibration, observed)
+    check_data(spec, calibration)
     rules = rules_for(target, spec)
     equalized = _equalized(model, spec, rules, calibration, example)
     options: dict[str, Any] = {"progress": progress, "observer": spec.observer, "tensors": equalized.tensors}

@@ -1,7 +1,7 @@
-"""Block-wise reconstruction: the rounding of all weights of a block learned together, on the block's output.
+"""Block-wise reconstruction: the codes of all weights of a block learned together, on the block's output.
 
-Li et al. 2021, BRECQ (arXiv:2102.05426), with the soft rounding of AdaRound and, at the block's input, random mixing of
-float and quantized values (Wei et al. 2022, QDrop, arXiv:2203.05740). The block alone is computed: the operations before it
+Li et al. 2021, BRECQ (arXiv:2102.05426), with straight-through gradients in place of a soft rounding, since it begins at the
+layer-wise codes, which may be more than a step from the float weight. The block alone is computed: the operations before it
 are skipped, and return tensors of their shape without content; the pass ends at the block's output.
 """
 
@@ -21,29 +21,26 @@ from whet.graph.blocks import Block, blocks
 from whet.graph.nodes import Graph
 from whet.graph.placement import Plan
 from whet.graph.views import WeightView
-from whet.numerics.adaround import annealed_beta, initial_variable, rectified_sigmoid, regularizer
 from whet.numerics.affine import QParams
 from whet.progress import task
 from whet.specs.quantization import AdaRound
 from whet.torch.interception import Call, Session, map_tensors
 from whet.torch.model import call, device_of, dtype_of, to_tensors
 from whet.torch.moments import EnoughSeenError, QuantizedWatching, TorchRunner, Wanted
-from whet.torch.namespace import xp
 from whet.torch.quantize import Simulator, rounded_copy
 
 Tensor = Any
 BATCH = 32
 CACHE_BYTES = 1 << 28  # of a block's inputs and outputs, each: fewer examples where they are larger
-LEARNING_RATE, STRENGTH = 0.01, 0.01
-MIXED = 0.5  # of the block's input values are taken from the float model
-KEEP = 0.05  # soft roundings begin this far from 0 and 1
+LEARNING_RATE = 0.003  # in steps of the codes
+NEAR = 0.49  # of a step: latent values begin within it of their codes
+CHECKS = 8  # times that the block's error is looked at; the best codes are kept
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Cached:
-    """A block's data: float and quantized inputs, and the float outputs, (examples, …) each. inputs: a batch of the model's."""
+    """A block's data: quantized inputs, and the float outputs, (examples, …) each. inputs: a batch of the model's."""
 
-    exact: Tensor
     quantized: Tensor
     wanted: Tensor
     inputs: Any
@@ -89,25 +86,26 @@ def _is_learned(plan: Plan, name: str) -> bool:
 
 def _cached(plan: Plan, block: Block, calibration: Batches, runner: TorchRunner) -> _Cached | None:
     """The block's data from as many batches as fit; None where its values are no tensors with one row for each example."""
-    exact, quantized, wanted = [], [], []
+    quantized, wanted = [], []
     model = rounded_copy(runner.model, plan)
     own = QuantizedWatching(model, plan)
-    asked = Wanted(Counter(), {block.start, block.end})
+    asked = Wanted(Counter(), {block.end})
     size, batch = 0, None
     for inputs, _ in calibration:
         batch = inputs if batch is None else batch
         seen = runner.forward(runner.reference, runner.watching, inputs, asked).values
         own_seen = runner.forward(model, own, inputs, replace(asked, values={block.start})).values
-        if len(seen) < 2 or not own_seen or seen[block.start].shape[0] != seen[block.end].shape[0]:
+        if not seen or not own_seen or own_seen[block.start].shape[0] != seen[block.end].shape[0]:
             return None
-        exact.append(seen[block.start])
         quantized.append(own_seen[block.start])
         wanted.append(seen[block.end])
-        size += max(seen[block.start].nbytes, seen[block.end].nbytes)
+        size += max(quantized[-1].nbytes, wanted[-1].nbytes)
         if size >= CACHE_BYTES:
             break
-    same = all(t.shape[1:] == exact[0].shape[1:] for t in exact) and all(t.shape[1:] == wanted[0].shape[1:] for t in wanted)
-    return _Cached(torch.cat(exact), torch.cat(quantized), torch.cat(wanted), batch) if same else None
+    same = all(t.shape[1:] == quantized[0].shape[1:] for t in quantized) and all(
+        t.shape[1:] == wanted[0].shape[1:] for t in wanted
+    )
+    return _Cached(torch.cat(quantized), torch.cat(wanted), batch) if same else None
 
 
 def _learn(
@@ -122,66 +120,57 @@ def _learn(
     model = rounded_copy(runner.model, plan)
     device = device_of(model)
     running = _BlockRun(model, plan, block)
-    soft = {name: _Soft(plan, name, np.asarray(weights[name].array, np.float32), device) for name in learned}
+    soft = {name: _Learned(plan, name, np.asarray(weights[name].array, np.float32), device) for name in learned}
     size = min(BATCH, data.first)
     inputs = to_tensors(_rows(data.inputs, size), device, dtype_of(model))
     running.record(model, inputs)
-    optimizer = torch.optim.Adam([item.v for item in soft.values()], lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam([item.latent for item in soft.values()], lr=LEARNING_RATE)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, spec.steps)
     generator = torch.Generator().manual_seed(0)
-    before = running.error(model, inputs, data, {})
+    before = least = running.error(model, inputs, data, {})
+    unit, best = max(before, 1e-30), None
     for step in range(spec.steps):
-        index = torch.randint(data.exact.shape[0], (size,), generator=generator)
-        mask = (torch.rand(data.exact[index].shape, generator=generator) < MIXED).to(device)
-        mixed = torch.where(mask, data.exact[index], data.quantized[index])
-        given = {name: item.weight() for name, item in soft.items()}
-        made = running.outputs(model, inputs, mixed, given)
-        channels = made.shape[-1] if made.ndim < 4 else made.shape[1]
-        loss = (made - data.wanted[index]).square().mean() * channels  # as in the paper: summed over channels
-        beta = annealed_beta(step, spec.steps)
-        if beta is not None:
-            for item in soft.values():
-                loss = loss + STRENGTH * regularizer(rectified_sigmoid(item.v, xp=xp), beta, xp=xp)
+        index = torch.randint(data.wanted.shape[0], (size,), generator=generator)
+        made = running.outputs(model, inputs, data.quantized[index], {name: item.weight() for name, item in soft.items()})
         optimizer.zero_grad()
-        loss.backward()
+        ((made - data.wanted[index]).square().mean() / unit).backward()
         optimizer.step()
-    codes = {name: item.codes() for name, item in soft.items()}
-    after = running.error(model, inputs, data, {name: item.hard(codes[name]) for name, item in soft.items()})
+        decay.step()
+        if (step + 1) % max(spec.steps // CHECKS, 1) == 0 or step + 1 == spec.steps:
+            found = running.error(model, inputs, data, {name: item.weight() for name, item in soft.items()})
+            if found < least:
+                least, best = found, {name: item.codes() for name, item in soft.items()}
+    if best is not None:
+        plan = replace(plan, codes={**plan.codes, **best})
     power = float(data.wanted.double().square().mean())
-    if after < before:
-        plan = replace(plan, codes={**plan.codes, **codes})
-    return plan, _db(power, before), _db(power, min(before, after))
+    return plan, _db(power, before), _db(power, least)
 
 
-class _Soft:
-    """The rounding of one weight while it is learned, beginning at its present codes."""
+class _Learned:
+    """The rounding of one weight while it is learned: latent values in steps, rounded with straight-through gradients."""
 
     def __init__(self, plan: Plan, name: str, array: npt.NDArray[np.float32], device: Any) -> None:
         params: Any = plan.weights[name]
         scale = np.broadcast_to(params.broadcast(array.shape)[0], array.shape)
-        present, exact = plan.encode(name, array).astype(np.float32), array / scale
-        self.limits = params.spec.qmin, params.spec.qmax
-        floor = np.clip(np.where(present > exact, present - 1, present), self.limits[0], self.limits[1] - 1)
-        fraction = np.clip((np.clip(exact - floor, 0, 1) + present - floor) / 2, KEEP, 1 - KEEP)
-        self.scale, self.floor, v = (
-            torch.from_numpy(np.ascontiguousarray(t, np.float32)).to(device) for t in (scale, floor, initial_variable(fraction))
+        present = plan.encode(name, array).astype(np.float32)
+        # As near to the float weight as the present code allows, so that what is learned begins at the present codes.
+        latent = np.clip(array / scale, present - NEAR, present + NEAR)
+        self.limits = float(params.spec.qmin), float(params.spec.qmax)
+        self.scale, self.latent, self.kept = (
+            torch.from_numpy(np.ascontiguousarray(t, np.float32)).to(device) for t in (scale, latent, array != 0)
         )
-        self.kept = torch.from_numpy((array != 0).astype(np.float32)).to(device)
-        self.v = v.requires_grad_()
+        self.latent.requires_grad_()
 
     def weight(self) -> Tensor:
-        """The weight with soft codes."""
-        return (self.floor + rectified_sigmoid(self.v, xp=xp)) * self.scale * self.kept
+        """The rounded weight."""
+        inside = self.latent.clamp(*self.limits)
+        return (inside + (inside.round() - inside).detach()) * self.scale * self.kept
 
     def codes(self) -> npt.NDArray[np.int32]:
         """The codes as they now are."""
-        with torch.no_grad():
-            up = (rectified_sigmoid(self.v, xp=xp) >= 0.5).float()
-            found: npt.NDArray[np.int32] = ((self.floor + up) * self.kept).cpu().numpy().astype(np.int32)
+        codes = self.latent.detach().clamp(*self.limits).round() * self.kept
+        found: npt.NDArray[np.int32] = codes.cpu().numpy().astype(np.int32)
         return found
-
-    def hard(self, codes: npt.NDArray[np.int32]) -> Tensor:
-        """The weight with these codes."""
-        return torch.from_numpy(codes.astype(np.float32)).to(self.scale.device) * self.scale
 
 
 class _BlockRun(Simulator):
