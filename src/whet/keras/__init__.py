@@ -2,9 +2,17 @@
 
 from whet.keras.callbacks import PruningCallback
 from whet.keras.convert import convert
-from whet.keras.distill import soft_targets
 from whet.keras.export import export
 from whet.keras.inspect import inspect
+from whet.keras.losses import (
+    binary_soft_targets,
+    dist,
+    distillation_loss,
+    dkd,
+    logits_mse,
+    regression,
+    soft_targets,
+)
 from whet.keras.model import copy, predict, validate
 from whet.keras.posttraining import quantize
 from whet.keras.prune import Pruner, prune
@@ -21,17 +29,23 @@ __all__ = [
     "FakeQuantize",
     "Pruner",
     "PruningCallback",
+    "binary_soft_targets",
     "convert",
     "copy",
+    "dist",
+    "distillation_loss",
+    "dkd",
     "export",
     "finish",
     "inspect",
     "load_model",
+    "logits_mse",
     "predict",
     "prepare",
     "prune",
     "quantize",
     "quantize_aware",
+    "regression",
     "save_model",
     "simulate",
     "soft_targets",

@@ -10,40 +10,16 @@ import numpy as np
 from whet.data import primary
 from whet.errors import ModelError
 from whet.keras.clone import last_operation
+from whet.keras.losses import distillation_loss, wide
 from whet.keras.model import forward
-from whet.keras.namespace import xp
 from whet.keras.views import to_numpy
-from whet.numerics import losses
-from whet.specs import Distill
-from whet.specs.base import check_number
+from whet.numerics.losses_table import NEEDS_CLASSES, check_shapes, looks_like_sigmoid
+from whet.specs import BinarySoftTargets, Distill, LogitsMSE, Regression
+from whet.specs.distillation import Loss
 
 TINY = 1e-30  # a probability below is taken for this: its logarithm stays finite in float32
 _ACTIVATED = (keras.layers.Activation, keras.layers.Dense, keras.layers.Conv1D, keras.layers.Conv2D)
 IGNORED = -100  # targets with this value (padding) count in no loss, as on the PyTorch side
-
-
-def soft_targets(student_logits: Any, teacher_logits: Any, temperature: float = 4.0) -> Any:
-    """`T² · KL(softmax(t/T) ‖ softmax(s/T))` in nats, mean over all axes but the classes (Hinton et al. 2015, eq. 1-4).
-
-    Shapes: both (…, classes); 16-bit logits are computed in float32. No gradient flows to the teacher.
-
-    Raises:
-        ModelError: the shapes differ. SpecError: the temperature is not positive.
-    """
-    check_number("soft_targets temperature", temperature, low=0, high=1e6, open_low=True)
-    shapes = tuple(student_logits.shape), tuple(teacher_logits.shape)
-    if len(shapes[0]) != len(shapes[1]) or any(None not in pair and pair[0] != pair[1] for pair in zip(*shapes, strict=True)):
-        raise ModelError(
-            f"Student and teacher must give logits of one shape, got {shapes[0]} from the student and {shapes[1]} from the "
-            "teacher. Do both know the same classes, in the same order?"
-        )
-    return losses.soft_targets(wide(student_logits), wide(teacher_logits), temperature, xp=xp)
-
-
-def wide(tensor: Any) -> Any:
-    """16-bit floats as float32."""
-    dtype = keras.backend.standardize_dtype(tensor.dtype)
-    return keras.ops.cast(tensor, "float32") if dtype in ("float16", "bfloat16") else tensor
 
 
 def look_like_probabilities(outputs: Any) -> bool:
@@ -95,41 +71,71 @@ class Teacher:
         self._model = model
         self.ends_in_softmax = ends_in_softmax(model)
 
-    def logits(self, inputs: Any) -> Any:
-        """Its logits for a batch of arrays, shape (n, …, classes); of a model that ends in a softmax the logarithms."""
-        outputs = primary(forward(self._model, inputs))
-        return log_probabilities(outputs) if self.ends_in_softmax else outputs
+    def outputs(self, inputs: Any) -> Any:
+        """Its primary outputs for a batch of arrays, shape (n, …, classes)."""
+        return primary(forward(self._model, inputs))
 
-    def check(self, student_logits: Any, inputs: Any) -> None:
-        """Look at the first batch.
+    def check(self, spec: Distill, student: Any, inputs: Any, targets: Any, *, student_ends_in_softmax: bool) -> None:
+        """Look at the first batch: `student` are the primary outputs of the student on `inputs`.
 
         Raises:
-            ModelError: probabilities instead of logits, another number of classes, or NaN.
+            ModelError: probabilities instead of logits, another number of classes, missing labels, or NaN.
         """
-        teacher_logits = self.logits(inputs)
-        for whose, logits in (("teacher", teacher_logits), ("student", student_logits)):
-            if look_like_probabilities(logits):
-                raise ModelError(
-                    f"The outputs of the {whose} are probabilities (no row has a negative value, each sums to 1), and soft "
-                    f"targets take logits. Take the softmax off the end of the {whose}, let it end in a Softmax layer or "
-                    "activation (its logarithm serves as logits), or return its logits."
-                )
-        if len(student_logits.shape) < 2 or student_logits.shape[-1] < 2:
-            shape = tuple(student_logits.shape)
-            raise ModelError(f"Soft targets need logits of shape (…, classes) with at least two, got {shape}.")
-        soft_targets(student_logits, teacher_logits, 1.0)
-        if not np.isfinite(to_numpy(teacher_logits)).all():
+        teacher = self.outputs(inputs)
+        sides = (("teacher", teacher, self.ends_in_softmax), ("student", student, student_ends_in_softmax))
+        for loss in spec.loss:
+            for whose, outputs, is_softmax in sides:
+                _check_logits(loss, whose, outputs, is_softmax)
+            labels, _ = labels_of(targets, student)
+            check_shapes(loss, student.shape, teacher.shape, None if labels is None else labels.shape)
+        if not np.isfinite(to_numpy(teacher)).all():
             raise ModelError("The teacher returned NaN or Inf on the first batch. Check its weights with whet.inspect.")
 
 
-def distillation_loss(spec: Distill, student_logits: Any, teacher_logits: Any, targets: Any) -> Any:
-    """The sum of the losses in `spec` on one batch of tensors; examples whose target is -100 (padding) do not count."""
-    student, teacher = wide(student_logits), wide(teacher_logits)
-    share: Any = 1.0
-    if targets is not None and "int" in keras.backend.standardize_dtype(targets.dtype):
-        if len(targets.shape) == len(student.shape) - 1:
-            real = keras.ops.not_equal(targets, IGNORED)
-            student = keras.ops.where(keras.ops.expand_dims(real, -1), student, teacher)  # a divergence of 0
-            weights = keras.ops.cast(real, student.dtype)
-            share = keras.ops.maximum(keras.ops.mean(weights), 1e-9)
-    return sum(soft_targets(student, teacher, loss.temperature) for loss in spec.loss) / share
+def _check_logits(loss: Loss, whose: str, outputs: Any, is_softmax: bool) -> None:
+    """Raise `ModelError` if `loss` takes logits and `outputs` are probabilities whose logarithms would not do."""
+    name = type(loss).__name__
+    if is_softmax and isinstance(loss, LogitsMSE | BinarySoftTargets):
+        raise ModelError(
+            f"The {whose} ends in a softmax, and {name} compares the logits themselves, which cannot be had from "
+            f"probabilities. Take the softmax off the end of the {whose}."
+        )
+    if isinstance(loss, NEEDS_CLASSES) and not is_softmax and look_like_probabilities(outputs):
+        raise ModelError(
+            f"The outputs of the {whose} are probabilities (no row has a negative value, each sums to 1), and {name} "
+            f"takes logits. Take the softmax off the end of the {whose}, let it end in a Softmax layer or "
+            "activation (its logarithm serves as logits), or return its logits."
+        )
+    if isinstance(loss, BinarySoftTargets) and looks_like_sigmoid(to_numpy(outputs)):
+        raise ModelError(
+            f"The outputs of the {whose} all lie between 0 and 1, as behind a sigmoid, and {name} takes logits. Take the "
+            f"sigmoid off the end of the {whose}."
+        )
+
+
+def distillation(
+    spec: Distill, student: Any, teacher: Any, targets: Any, *, softmax: tuple[bool, bool] = (False, False)
+) -> Any:
+    """The weighted sum of the losses in `spec` on one batch of tensors; rows whose target is -100 (padding) do not count.
+
+    `softmax` says whether student and teacher end in one: then the logarithms of their outputs are their logits.
+    """
+    labels, real = labels_of(targets, student)
+    student, teacher = wide(student), wide(teacher)
+    logits = [log_probabilities(z) if is_softmax else z for z, is_softmax in zip((student, teacher), softmax, strict=True)]
+    total: Any = 0.0
+    for loss in spec.loss:
+        s, t = (student, teacher) if isinstance(loss, Regression) else logits
+        total = total + loss.weight * distillation_loss(loss, s, t, labels, mask=real)
+    return total
+
+
+def labels_of(targets: Any, student: Any) -> tuple[Any, Any]:
+    """Integer targets of the rows of `student` (…, classes) and where they are real, not padding; None where there are none."""
+    if targets is None or not hasattr(targets, "dtype") or "int" not in keras.backend.standardize_dtype(targets.dtype):
+        return None, None
+    if len(targets.shape) == len(student.shape) and targets.shape[-1] == 1:
+        targets = keras.ops.squeeze(targets, -1)
+    if len(targets.shape) != len(student.shape) - 1:
+        return None, None
+    return targets, keras.ops.not_equal(targets, IGNORED)

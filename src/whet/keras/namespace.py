@@ -16,6 +16,9 @@ class KerasNamespace:
     round = staticmethod(ops.round)
     floor = staticmethod(ops.floor)
     exp = staticmethod(ops.exp)
+    log = staticmethod(ops.log)
+    sqrt = staticmethod(ops.sqrt)
+    matmul = staticmethod(ops.matmul)
     clip = staticmethod(ops.clip)
     minimum = staticmethod(ops.minimum)
     maximum = staticmethod(ops.maximum)
@@ -46,6 +49,16 @@ class KerasNamespace:
     def max(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
         """Greatest over `axis`; over no axis when it is ()."""
         return x if axis == () else ops.max(x, axis=axis, keepdims=keepdims)
+
+    @staticmethod
+    def transpose(x: Array) -> Array:
+        """`x` with its last two axes exchanged."""
+        return ops.swapaxes(x, -1, -2)
+
+    @staticmethod
+    def one_hot(x: Array, classes: int) -> Array:
+        """Booleans (…, classes): where the integers `x` (…) point; nowhere for one outside [0, classes)."""
+        return ops.equal(ops.expand_dims(x, -1), ops.cast(ops.arange(classes), x.dtype))
 
     @staticmethod
     def argsort(x: Array) -> Array:

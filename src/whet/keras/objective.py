@@ -13,12 +13,11 @@ from whet.errors import DataError, ModelError
 from whet.keras.distill import (
     IGNORED,
     Teacher,
-    distillation_loss,
+    distillation,
     ends_in_softmax,
-    log_probabilities,
     look_like_probabilities,
-    wide,
 )
+from whet.keras.losses import wide
 from whet.keras.model import describe, forward
 from whet.specs import Train
 
@@ -45,9 +44,9 @@ class Objective:
         """
         outputs = forward(model, inputs)
         logits = primary(outputs)
-        if self._teacher is not None and self._weight < 1:
+        if self._teacher is not None and self._spec.distill is not None and self._weight < 1:
             self._is_softmax = ends_in_softmax(model)
-            self._teacher.check(log_probabilities(logits) if self._is_softmax else logits, inputs)
+            self._teacher.check(self._spec.distill, logits, inputs, targets, student_ends_in_softmax=self._is_softmax)
             for whose, is_softmax in (("teacher", self._teacher.ends_in_softmax), ("student", self._is_softmax)):
                 if is_softmax:
                     self.notes.append(f"the {whose} ends in a softmax: the logarithms of its outputs are its logits")
@@ -80,12 +79,12 @@ class Objective:
         self._classes = shape[-1]
 
     def batch(self, inputs: Any, targets: Any) -> dict[str, Any]:
-        """What the training step compares the outputs with: the targets and the teacher's logits, as there are."""
+        """What the training step compares the outputs with: the targets and the teacher's outputs, as there are."""
         if self._classes:
             _check_classes(targets, self._classes)
         found = {} if targets is None else {TARGETS: targets}
         if self._teacher is not None and self._weight < 1:
-            found[TEACHER] = self._teacher.logits(inputs)
+            found[TEACHER] = self._teacher.outputs(inputs)
         return found
 
     def __call__(self, outputs: Any, batch: Mapping[str, Any]) -> Any:
@@ -95,8 +94,8 @@ class Objective:
         if self._weight > 0:
             total = self._weight * self._supervised(outputs, targets)
         if TEACHER in batch and self._spec.distill is not None:
-            student = log_probabilities(primary(outputs)) if self._is_softmax else primary(outputs)
-            learned = distillation_loss(self._spec.distill, student, batch[TEACHER], targets)
+            softmax = (self._is_softmax, self._teacher is not None and self._teacher.ends_in_softmax)
+            learned = distillation(self._spec.distill, primary(outputs), batch[TEACHER], targets, softmax=softmax)
             total = total + (1 - self._weight) * learned
         return total
 

@@ -24,6 +24,11 @@ class Namespace(Protocol):
     def maximum(self, x: Array, y: Array) -> Array: ...
     def where(self, condition: Array, x: Array, y: Array) -> Array: ...
     def exp(self, x: Array) -> Array: ...
+    def log(self, x: Array) -> Array: ...
+    def sqrt(self, x: Array) -> Array: ...
+    def matmul(self, x: Array, y: Array) -> Array: ...
+    def transpose(self, x: Array) -> Array: ...
+    def one_hot(self, x: Array, classes: int) -> Array: ...
     def sum(self, x: Array, axis: Any = None, keepdims: bool = False) -> Array: ...
     def mean(self, x: Array, axis: Any = None, keepdims: bool = False) -> Array: ...
     def min(self, x: Array, axis: Any = None, keepdims: bool = False) -> Array: ...
@@ -51,6 +56,9 @@ class NumpyNamespace:
     maximum = staticmethod(np.maximum)
     where = staticmethod(np.where)
     exp = staticmethod(np.exp)
+    log = staticmethod(np.log)
+    sqrt = staticmethod(np.sqrt)
+    matmul = staticmethod(np.matmul)
     sum = staticmethod(np.sum)
     mean = staticmethod(np.mean)
     min = staticmethod(np.min)
@@ -58,6 +66,16 @@ class NumpyNamespace:
     reshape = staticmethod(np.reshape)
     concatenate = staticmethod(np.concatenate)
     full_like = staticmethod(np.full_like)
+
+    @staticmethod
+    def transpose(x: Array) -> Array:
+        """`x` with its last two axes exchanged."""
+        return np.swapaxes(x, -1, -2)
+
+    @staticmethod
+    def one_hot(x: Array, classes: int) -> Array:
+        """Booleans (…, classes): where the integers `x` (…) point; nowhere for one outside [0, classes)."""
+        return x[..., None] == np.arange(classes)
 
     @staticmethod
     def argsort(x: Array) -> Array:

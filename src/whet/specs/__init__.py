@@ -2,7 +2,7 @@
 
 from whet.specs.base import from_dict, to_dict
 from whet.specs.budget import Budget
-from whet.specs.distillation import Distill, SoftTargets
+from whet.specs.distillation import DIST, DKD, BinarySoftTargets, Distill, LogitsMSE, Regression, SoftTargets
 from whet.specs.pruning import (
     ERK,
     NM,
@@ -66,6 +66,8 @@ from whet.specs.training import EarlyStopping, Train
 
 __all__ = [
     "AWQ",
+    "DIST",
+    "DKD",
     "ERK",
     "GPTQ",
     "HQQ",
@@ -78,6 +80,7 @@ __all__ = [
     "Adaptive",
     "BatchNormScale",
     "BiasCorrection",
+    "BinarySoftTargets",
     "Block",
     "Budget",
     "Channel",
@@ -100,6 +103,7 @@ __all__ = [
     "Iterative",
     "KMeans",
     "Linear",
+    "LogitsMSE",
     "Magnitude",
     "Metric",
     "MinMax",
@@ -116,6 +120,7 @@ __all__ = [
     "Quantize",
     "Random",
     "Recipe",
+    "Regression",
     "Scheme",
     "SmoothQuant",
     "SoftTargets",

@@ -1,10 +1,18 @@
 """The PyTorch side: the verbs of `whet.pipeline.side.Side`, and pieces for your own training loop."""
 
 from whet.torch.convert import convert
-from whet.torch.distill import soft_targets
 from whet.torch.export import export
 from whet.torch.groups import groups
 from whet.torch.inspect import inspect
+from whet.torch.losses import (
+    binary_soft_targets,
+    dist,
+    distillation_loss,
+    dkd,
+    logits_mse,
+    regression,
+    soft_targets,
+)
 from whet.torch.model import copy, predict, validate
 from whet.torch.posttraining import quantize
 from whet.torch.prune import Pruner, prune
@@ -20,18 +28,24 @@ FRAMEWORK = "torch"
 __all__ = [
     "FRAMEWORK",
     "Pruner",
+    "binary_soft_targets",
     "convert",
     "copy",
+    "dist",
+    "distillation_loss",
+    "dkd",
     "export",
     "finish",
     "groups",
     "inspect",
     "load_model",
+    "logits_mse",
     "predict",
     "prepare",
     "prune",
     "quantize",
     "quantize_aware",
+    "regression",
     "remove",
     "save_model",
     "simulate",

@@ -9,30 +9,12 @@ from typing import Any
 import torch
 
 from whet.errors import ModelError
-from whet.numerics import losses
-from whet.specs import Distill
-from whet.specs.base import check_number
-from whet.torch.model import call, copy, device_of, dtype_of, evaluating, primary, to_tensors
-from whet.torch.namespace import xp
+from whet.numerics.losses_table import NEEDS_CLASSES, check_shapes, looks_like_sigmoid
+from whet.specs import BinarySoftTargets, Distill
+from whet.torch.losses import distillation_loss
+from whet.torch.model import call, copy, device_of, dtype_of, evaluating, primary, to_numpy, to_tensors
 
 IGNORED = -100  # targets with this value (padding) count in no loss, as in torch's cross_entropy
-
-
-def soft_targets(student_logits: Any, teacher_logits: Any, temperature: float = 4.0) -> Any:
-    """`T² · KL(softmax(t/T) ‖ softmax(s/T))` in nats, mean over all axes but the classes (Hinton et al. 2015, eq. 1-4).
-
-    Shapes: both (…, classes), classes last; 16-bit logits are computed in float32. No gradient flows to the teacher.
-
-    Raises:
-        ModelError: the shapes differ. SpecError: the temperature is not positive.
-    """
-    check_number("soft_targets temperature", temperature, low=0, high=1e6, open_low=True)
-    if student_logits.shape != teacher_logits.shape:
-        raise ModelError(
-            f"Student and teacher must give logits of one shape, got {tuple(student_logits.shape)} from the student and "
-            f"{tuple(teacher_logits.shape)} from the teacher. Do both know the same classes, in the same order?"
-        )
-    return losses.soft_targets(_wide(student_logits), _wide(teacher_logits), temperature, xp=xp)
 
 
 def classes_last(logits: Any, targets: Any) -> Any:
@@ -93,16 +75,12 @@ class Teacher:
                 "Student and teacher must return logits: a tensor, or a structure whose `logits` or first entry is one."
             )
         student, teacher = classes_last(student, targets), classes_last(teacher, targets)
+        labels, real = _labels(targets, student)
         if not self._is_checked:
-            self._check(student, teacher)
+            self._check(student, teacher, labels)
         self.logits = teacher
-        if isinstance(targets, torch.Tensor) and not targets.is_floating_point() and targets.shape == student.shape[:-1]:
-            real = targets != IGNORED
-            if not bool(real.any()):
-                return student.sum() * 0
-            if not bool(real.all()):
-                student, teacher = student[real], teacher[real]
-        return sum(soft_targets(student, teacher, loss.temperature) for loss in self._spec.loss)
+        parts = (loss.weight * distillation_loss(loss, student, teacher, labels, mask=real) for loss in self._spec.loss)
+        return sum(parts)
 
     def _outputs(self, inputs: Any) -> Any:
         if any(module.training for module in self._model.modules()):
@@ -110,20 +88,30 @@ class Teacher:
         with torch.no_grad():
             return primary(call(self._model, to_tensors(inputs, self._device, dtype_of(self._model))))
 
-    def _check(self, student: Any, teacher: Any) -> None:
-        for whose, logits in (("teacher", teacher), ("student", student)):
-            if look_like_probabilities(logits):
-                raise ModelError(
-                    f"The outputs of the {whose} are probabilities (no row has a negative value, each sums to 1), and soft "
-                    f"targets take logits. Take the softmax off the end of the {whose}, or return its logits."
-                )
-        if student.ndim < 2 or student.shape[-1] < 2:
-            raise ModelError(f"Soft targets need logits of shape (…, classes) with at least two, got {tuple(student.shape)}.")
-        soft_targets(student, teacher, 1.0)
+    def _check(self, student: Any, teacher: Any, labels: Any) -> None:
+        for loss in self._spec.loss:
+            name = type(loss).__name__
+            for whose, logits in (("teacher", teacher), ("student", student)):
+                if isinstance(loss, NEEDS_CLASSES) and look_like_probabilities(logits):
+                    raise ModelError(
+                        f"The outputs of the {whose} are probabilities (no row has a negative value, each sums to 1), and "
+                        f"{name} takes logits. Take the softmax off the end of the {whose}, or return its logits."
+                    )
+                if isinstance(loss, BinarySoftTargets) and looks_like_sigmoid(to_numpy(logits)):
+                    raise ModelError(
+                        f"The outputs of the {whose} all lie between 0 and 1, as behind a sigmoid, and {name} takes logits. "
+                        f"Take the sigmoid off the end of the {whose}."
+                    )
+            check_shapes(loss, student.shape, teacher.shape, None if labels is None else labels.shape)
         if not bool(torch.isfinite(teacher).all()):
             raise ModelError("The teacher returned NaN or Inf on the first batch. Check its weights with whet.inspect.")
         self._is_checked = True
 
 
-def _wide(logits: Any) -> Any:
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+def _labels(targets: Any, student: Any) -> tuple[Any, Any]:
+    """Integer targets of the rows of `student` (…, classes) and where they are real, not padding; None where there are none."""
+    if not isinstance(targets, torch.Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
+        return None, None
+    if targets.ndim == student.ndim and targets.shape[-1] == 1:
+        targets = targets[..., 0]
+    return (targets, targets != IGNORED) if targets.shape == student.shape[:-1] else (None, None)

@@ -16,6 +16,9 @@ class TorchNamespace:
     round = staticmethod(torch.round)
     floor = staticmethod(torch.floor)
     exp = staticmethod(torch.exp)
+    log = staticmethod(torch.log)
+    sqrt = staticmethod(torch.sqrt)
+    matmul = staticmethod(torch.matmul)
 
     @staticmethod
     def clip(x: Array, low: Array, high: Array) -> Array:
@@ -66,6 +69,16 @@ class TorchNamespace:
     def concatenate(xs: list[Array], axis: int = 0) -> Array:
         """`xs` joined along `axis`."""
         return torch.cat(xs, dim=axis)
+
+    @staticmethod
+    def transpose(x: Array) -> Array:
+        """`x` with its last two axes exchanged."""
+        return torch.transpose(x, -1, -2)
+
+    @staticmethod
+    def one_hot(x: Array, classes: int) -> Array:
+        """Booleans (…, classes): where the integers `x` (…) point; nowhere for one outside [0, classes)."""
+        return x[..., None] == torch.arange(classes, device=x.device)
 
     @staticmethod
     def argsort(x: Array) -> Array:
