@@ -88,7 +88,7 @@ def _placed(item: npt.NDArray[Any], ndim: int, axis: int, along: int) -> npt.NDA
     item = item if axis < along else np.swapaxes(item, 0, 1)
     shape = [1] * ndim
     shape[min(axis, along)], shape[max(axis, along)] = item.shape[:2]
-    return item.reshape(*shape, *item.shape[2:])
+    return np.array(item.reshape(*shape, *item.shape[2:]), order="C")
 
 
 def solve_weight(view: WeightView, spec: Scheme, observer: MinMax | MSE | HQQ | None = None) -> QParams | Codebook:
