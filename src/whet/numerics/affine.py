@@ -53,7 +53,7 @@ class QParams:
     def decode(self, codes: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """What `codes` stand for."""
         scale, zero_point = self.broadcast(codes.shape)
-        values: npt.NDArray[np.float32] = dequantize(codes.astype(np.float32), scale, zero_point)
+        values: npt.NDArray[np.float32] = dequantize(codes.astype(np.float32), scale, zero_point.astype(np.float32))
         return values
 
 
