@@ -18,6 +18,8 @@ from whet.numerics.losses import soft_targets
 from whet.numerics.metrics import accuracy
 from whet.specs import (
     AWQ,
+    DIST,
+    DKD,
     ERK,
     GPTQ,
     HQQ,
@@ -30,6 +32,7 @@ from whet.specs import (
     AdaRound,
     BatchNormScale,
     BiasCorrection,
+    BinarySoftTargets,
     Block,
     Budget,
     Channel,
@@ -51,6 +54,7 @@ from whet.specs import (
     Iterative,
     KMeans,
     Linear,
+    LogitsMSE,
     Magnitude,
     Metric,
     MovingAverage,
@@ -66,6 +70,7 @@ from whet.specs import (
     Quantize,
     Random,
     Recipe,
+    Regression,
     SmoothQuant,
     SoftTargets,
     Target,
@@ -118,7 +123,15 @@ removals = st.one_of(
     st.builds(Prune, granularity=st.builds(NM, st.integers(1, 3), st.integers(4, 8))),
 )
 distills = st.builds(
-    Distill, st.lists(st.builds(SoftTargets, positive), min_size=1, max_size=2), student_weight=st.floats(0, 1)
+    Distill,
+    st.lists(
+        st.builds(SoftTargets, positive, standardize=st.booleans(), weight=positive)
+        | st.builds(DKD, st.floats(0, 9), beta=st.floats(0, 9), temperature=positive)
+        | st.sampled_from([DIST(gamma=0.5), BinarySoftTargets(2.0), LogitsMSE(weight=0.5), Regression()]),
+        min_size=1,
+        max_size=2,
+    ),
+    student_weight=st.floats(0, 1),
 )
 trains = st.builds(
     Train,
@@ -276,6 +289,11 @@ REFUSED = [
     (lambda: GPTQ(damping=0), r"GPTQ.damping must be in \(0, 1\]"),
     (lambda: Quantize(rounding=MSE()), "Quantize.rounding must be one of: Nearest, AdaRound, GPTQ"),
     (lambda: Quantize(activations=Int(8)), r"activations must use granularity=PerTensor\(\)"),
+    (lambda: DKD(beta=-1), r"DKD.beta must be in \[0, 1e\+06\], got -1"),
+    (lambda: DIST(temperature=0), "DIST.temperature"),
+    (lambda: LogitsMSE(weight=0), "LogitsMSE.weight"),
+    (lambda: SoftTargets(standardize=1), "SoftTargets.standardize"),
+    (lambda: Distill(Uniform()), "Distill.loss must be one of: SoftTargets"),
     (lambda: SoftTargets(0), r"\(0, 1e\+06\], got 0"),
     (lambda: Distill([]), "at least one distillation loss"),
     (lambda: Distill(student_weight=2), r"Did you mean 0.02\?"),

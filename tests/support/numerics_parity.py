@@ -14,10 +14,10 @@ import numpy as np
 from whet.numerics.affine import fake_quantize, qparams, quantize
 from whet.numerics.criteria import magnitude
 from whet.numerics.levels import float8_e4m3_levels, level_values, nearest_level, nf4_levels
-from whet.numerics.losses import soft_targets
+from whet.numerics.losses_table import logit_loss
 from whet.numerics.masks import mask_lowest, masks_for
 from whet.numerics.observers import channel_range, observe_minmax
-from whet.specs import Global, Int, PerTensor, Uniform
+from whet.specs import DIST, DKD, BinarySoftTargets, Global, Int, LogitsMSE, PerTensor, SoftTargets, Uniform
 
 SIZE = 65_536
 SPECS = {
@@ -76,7 +76,10 @@ def compute(xp: Any, make: Callable[[np.ndarray], Any], back: Callable[[Any], np
     found["exact mask random"] = mask_lowest(magnitude(x, xp=xp), 50_000, xp=xp)
     rng = np.random.default_rng(9)
     student, teacher = (make(rng.normal(size=(32, 10)).astype(np.float32) * 5) for _ in range(2))
-    found["soft targets"] = soft_targets(student, teacher, 4.0, xp=xp)
+    labels, real = rng.integers(0, 10, 32), np.arange(32) < 20
+    for spec in (SoftTargets(), SoftTargets(100.0, standardize=True), BinarySoftTargets(), LogitsMSE(), DKD(), DIST()):
+        found[f"{spec}"] = logit_loss(spec, student, teacher, make(labels), xp=xp)
+        found[f"{spec} with padding"] = logit_loss(spec, student, teacher, make(labels), xp=xp, real=make(real))
     return {name: back(value) for name, value in found.items()}
 
 

@@ -100,7 +100,9 @@ def dist(
     real = None if real is None else xp.reshape(real, (-1,))
     between = _uncorrelated(*(z - xp.mean(z, axis=1, keepdims=True) for z in (p, q)), axis=1, xp=xp)
     inter = mean_of_rows(between, real, xp=xp)
-    intra = xp.mean(_uncorrelated(*(_centred_columns(z, real, xp) for z in (p, q)), axis=0, xp=xp))
+    within = _uncorrelated(*(_centred_columns(z, real, xp) for z in (p, q)), axis=0, xp=xp)
+    some = None if real is None else xp.max(xp.where(real[:, None], xp.full_like(p, 1.0), xp.full_like(p, 0.0)), axis=0) > 0
+    intra = mean_of_rows(within, some, xp=xp)
     return temperature**2 * (beta * inter + gamma * intra)
 
 
