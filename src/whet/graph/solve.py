@@ -74,7 +74,7 @@ def solve(
     if not placement.weights:
         reasons = "; ".join(f"{name}: {why}" for name, why in placement.skipped) or "it has no convolution or linear layer"
         raise ModelError(f"Quantize would change nothing in this model ({reasons}). Loosen keep= or include=.")
-    values = _solve_values(calibration, placement, spec)
+    values = _solve_values(calibration, placement, spec, _finer(calibration.graph, placement, spec))
     plan = Plan(spec, target.name, {}, values, {}, calibration.folds, {})
     changed: list[dict[str, Any]] = []
     unstored: dict[str, str] = {}  # layer -> why its weights stay as they are
@@ -155,15 +155,32 @@ def stored_weight(view: WeightView, params: QParams | Codebook) -> dict[str, Any
     return {"error_db": sqnr_db(array, stored)} | ({} if drawn is None else {"histogram": drawn.beside(stored)})
 
 
-def _solve_values(calibration: Calibration, placement: Placement, spec: Quantize) -> dict[str, QParams]:
-    """One quantizer per group, over the union of its values' ranges."""
+def _finer(graph: Graph, placement: Placement, spec: Quantize) -> dict[str, int]:
+    """The groups that get more bits than `spec.activations`: what layers read that an override gives more, and the outputs of
+    the model that they make."""
+    bits: dict[str, int] = {}
+    for node in graph.nodes:
+        named = (scheme for pattern, scheme in spec.overrides.items() if matches(node.layer, pattern, node.kinds))
+        own = next(named, None) if node.weight in placement.weights else None
+        if isinstance(own, Int):
+            for value in (*node.inputs, *(value for value in node.values if value in graph.outputs)):
+                group = placement.values.get(value, "")
+                bits[group] = max(bits.get(group, 0), own.bits)
+    return bits
+
+
+def _solve_values(
+    calibration: Calibration, placement: Placement, spec: Quantize, finer: Mapping[str, int]
+) -> dict[str, QParams]:
+    """One quantizer per group, over the union of its values' ranges. finer: the bits of groups that may have more."""
     if not isinstance(spec.activations, Int):
         return {}
-    # A narrow range is for weights: the runtimes' activation codes saturate at the ends of their storage type.
-    activations = replace(spec.activations, narrow=False) if spec.activations.symmetric else spec.activations
     groups: dict[str, QParams] = {}
     for group in sorted(set(placement.values.values())):
         members = [value for value, owner in placement.values.items() if owner == group]
+        # A narrow range is for weights: the runtimes' activation codes saturate at the ends of their storage type.
+        narrow = False if spec.activations.symmetric else spec.activations.narrow
+        activations = replace(spec.activations, narrow=narrow, bits=max(spec.activations.bits, finer.get(group, 0)))
         if group in placement.fixed:
             scale, zero_point = placement.fixed[group]
             groups[group] = QParams(np.asarray(scale, np.float32), np.asarray(zero_point, np.int32), FIXED)

@@ -53,8 +53,8 @@ class RoundThrough(torch.autograd.Function):  # type: ignore[misc]  # torch is A
     """`s · clip(round(x / s), low, high)`, `s = base · factor`, where `mask`, else 0; see the module for its gradients.
 
     One operation to autograd whatever it is given, so that recomputed passes (checkpointing) save the same tensors. Backward
-    reads x and y only: inside the range s · (round(x/s) − x/s) = y − x, outside s · low or s · high = y, so that
-    `s · Σ g ∂y/∂s = Σ g y − Σ (g inside) x`.
+    reads x alone, since the caller may change y in place (`y += x`): with codes q less the zero point,
+    `∂/∂s = Σ g q − Σ (g inside) x / s`.
     """
 
     @staticmethod
@@ -66,24 +66,26 @@ class RoundThrough(torch.autograd.Function):  # type: ignore[misc]  # torch is A
         kept = x if mask is None else torch.where(mask, x, torch.zeros_like(x))
         y = kept / scale
         y.round_().clamp_(*_ends(zero, x.shape, lattice)).mul_(scale)
-        learns = factor is not None and ctx.needs_input_grad[2]
         ctx.lattice = lattice
-        ctx.save_for_backward(x, base, factor, zero, mask, y if learns else None)
+        ctx.save_for_backward(x, base, factor, zero, mask)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> Any:
         """Gradients of x and factor."""
-        x, base, factor, zero, mask, y = ctx.saved_tensors
+        x, base, factor, zero, mask = ctx.saved_tensors
         lattice: Lattice = ctx.lattice
         small = scale_of(base, factor)
         into_x = _inside(grad, x, small, zero, lattice)
         if mask is not None:
             into_x = torch.where(mask, into_x, torch.zeros_like(into_x))
-        if y is None:
+        if factor is None or not ctx.needs_input_grad[2]:
             return into_x, None, None, None, None, None
-        by_scale = _summed(grad, y, into_x, x, base, lattice) / small
+        kept = x if mask is None else torch.where(mask, x, torch.zeros_like(x))
+        codes = kept / _spread(small, x.shape, lattice.groups)
+        codes.round_().clamp_(*_ends(zero, x.shape, lattice))
+        by_scale = _summed(grad, codes, base, lattice) - _summed(into_x, x, base, lattice) / small
         free = (base > TINY) & ((factor > LEAST_FACTOR) | (by_scale < 0))  # at its floor it may only grow
         into_factor = torch.where(free, by_scale * lattice.rate / base.float(), torch.zeros_like(by_scale))
         return into_x, None, into_factor.to(factor.dtype), None, None, None
@@ -109,23 +111,18 @@ def _inside(grad: Tensor, x: Tensor, scale: Tensor, zero: Tensor | None, lattice
     return torch.where((v >= low) & (v <= high), grad, torch.zeros_like(grad))
 
 
-def _summed(grad: Tensor, y: Tensor, into_x: Tensor, x: Tensor, base: Tensor, lattice: Lattice) -> Tensor:
-    """`Σ grad · y − Σ into_x · x` over the values of each scale, in the shape of `base`."""
+def _summed(a: Tensor, b: Tensor, base: Tensor, lattice: Lattice) -> Tensor:
+    """`Σ a · b` over the values of each scale, in the shape of `base`."""
     if base.numel() == 1:
-        return (_dot(grad, y) - _dot(into_x, x)).reshape(base.shape)
-    terms = torch.addcmul(grad * y, into_x, x, value=-1.0)
+        flat = a.is_contiguous() and b.is_contiguous()
+        return (torch.dot(a.view(-1), b.view(-1)) if flat else (a * b).sum()).reshape(base.shape)
+    terms = a * b
     if lattice.groups is not None:
         along, size = lattice.groups
         short = -terms.shape[along] % size
         terms = torch.nn.functional.pad(terms.movedim(along, -1), (0, short)).unflatten(-1, (-1, size)).sum(-1)
         terms = terms.movedim(-1, along)
     return terms.sum_to_size(base.shape)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    if a.is_contiguous() and b.is_contiguous():
-        return torch.dot(a.reshape(-1), b.reshape(-1))
-    return (a * b).sum()
 
 
 def _spread(scale: Tensor, shape: Any, groups: tuple[int, int] | None) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from whet.errors import ModelError
 from whet.graph.learning import with_room
 from whet.graph.placement import Plan
 from whet.numerics.affine import SCALE_FLOOR, QParams, qparams
@@ -74,6 +75,7 @@ class Learner(ValueQuantizer):
         self.plan = replace(plan, tensors={}, codes={})
         self.params = {name: params for name, params in plan.weights.items() if isinstance(params, QParams)}
         self.weights, self.states, self.moved, self.bare, self.frozen = weights, states, moved, bare, frozen
+        self.called: dict[str, int] = {}  # how often each module was, in the last whole pass
         self.held: dict[str, tuple[Tensor, float, bool]] = {}  # of the last training pass, for passes that recompute it
 
     def detach_(self) -> None:
@@ -162,6 +164,11 @@ class Learner(ValueQuantizer):
             self.values, self.kernels = plan.values, Arithmetic(plan)
         return super().enter(session, args, kwargs)
 
+    def leave(self, session: Session, outputs: Any) -> Any:
+        """Keep how often each module was called."""
+        self.called = dict(session.calls)
+        return super().leave(session, outputs)
+
     def substitute(self, session: Session, tensor: Tensor) -> Tensor:
         """A weight masked and rounded; in evaluation mode biases rounded too."""
         name = session.parameter(tensor)
@@ -191,7 +198,16 @@ class Learner(ValueQuantizer):
         return RoundThrough.apply(weight.float(), base, factor, zero, mask, lattice).to(weight.dtype)
 
     def compute(self, session: Session, call: Call, site: str | None) -> Any:
-        """Batch norms that were not folded use their running statistics."""
+        """Batch norms that were not folded use their running statistics.
+
+        Raises:
+            ModelError: a checkpointed part is recomputed that holds a layer which runs several times.
+        """
+        if session.stack and session.stack[0].path and _in_backward() and self.called.get(session.path, 1) > 1:
+            raise ModelError(
+                f"{session.path!r} runs {self.called[session.path]} times in a forward pass and is recomputed by activation "
+                "checkpointing, which does not tell which of its calls it repeats. Leave this layer out of the checkpoint."
+            )
         if call.function == "batch_norm" and call.argument(5, "training") and call.argument(1, "running_mean") is not None:
             call = call.with_argument(5, "training", False)
         return super().compute(session, call, site)
@@ -202,7 +218,7 @@ class Learner(ValueQuantizer):
         state = self.states.get(name)
         if state is None or name in self.moved:
             return tensor
-        recomputed = torch._C._current_graph_task_id() != -1  # within a backward pass: checkpointing
+        recomputed = _in_backward()
         if state.name not in self.held:
             self.held[state.name] = (*self._range(state), self._observing(state))
         base, zero_point, observing = self.held[state.name]
@@ -225,6 +241,11 @@ class Learner(ValueQuantizer):
     def round(self, tensor: Tensor, params: QParams) -> Tensor:
         """As `simulate`."""
         return simulated(tensor, params)
+
+
+def _in_backward() -> bool:
+    """Whether a backward pass is under way on this thread: a forward pass in it recomputes a checkpointed part."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def scale_names(model: Any) -> frozenset[str]:
