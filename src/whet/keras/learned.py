@@ -29,6 +29,7 @@ from whet.specs.schemes import Int
 Tensor = Any
 Layer = Any
 
+STATE = frozenset({"kernel_base", "kernel_factor", "kernel_zero", "kernel_mask"})  # variables of a layer's quantizer
 TINY = 2.0**-40  # a scale below it belongs to a channel of zeros, and is not trained
 LEAST_FACTOR = 2.0**-6  # a trained scale stays above this part of where it began
 
@@ -348,9 +349,9 @@ def quantized_class(base: type) -> type:
 
 
 L = keras.layers
-_KNOWN = (
+TRAINED = (
     *(L.Conv1D, L.Conv2D, L.Conv3D, L.DepthwiseConv1D, L.DepthwiseConv2D),
     *(L.Conv1DTranspose, L.Conv2DTranspose, L.Conv3DTranspose, L.Dense, L.EinsumDense),
 )
-for _base in _KNOWN:
+for _base in TRAINED:
     keras.saving.register_keras_serializable(package="whet")(quantized_class(_base))

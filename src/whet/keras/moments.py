@@ -52,14 +52,10 @@ class Evaluator:
         for call in program.calls:
             for ref in call.inputs:
                 self.readers.setdefault(ref.name, set()).add(call.node.name)
-        given = [ref.name for ref in refs(program.inputs)]
-        self.batches: list[dict[str, Tensor]] = []
-        self.done: list[set[str]] = []
-        for inputs, _ in calibration:
-            arrays = keras.tree.flatten(arrange(model, inputs))
-            tensors = [keras.ops.convert_to_tensor(array) for array in arrays]
-            self.batches.append({name: self._rounded(name, t) for name, t in zip(given, tensors, strict=True)})
-            self.done.append(set())
+        self.given = [ref.name for ref in refs(program.inputs)]
+        self.inputs = [keras.tree.flatten(arrange(model, inputs)) for inputs, _ in calibration]
+        self.batches: list[dict[str, Tensor]] = [{} for _ in self.inputs]
+        self.done: list[set[str]] = [set() for _ in self.inputs]
 
     def value(self, index: int, name: str) -> Tensor:
         """The value `name` of a batch."""
@@ -69,6 +65,10 @@ class Evaluator:
             wanted = pending[-1]
             if wanted in held:
                 pending.pop()
+                continue
+            if wanted in self.given:
+                array = self.inputs[index][self.given.index(wanted)]
+                held[wanted] = self._rounded(wanted, keras.ops.convert_to_tensor(array))
                 continue
             call = self.makers[wanted]
             missing = [ref.name for ref in call.inputs if ref.name not in held]
@@ -91,7 +91,7 @@ class Evaluator:
 
     def _rounded(self, name: str, tensor: Tensor) -> Tensor:
         params = None if self.plan is None else self.plan.values.get(name)
-        if params is None:
+        if params is None or "float" not in keras.backend.standardize_dtype(tensor.dtype):
             return tensor
         return fake_quantize(tensor, float(params.scale), float(params.zero_point), params.spec, xp=xp)
 
@@ -170,6 +170,17 @@ class KerasRunner:
             own.forget(keep)
         return {name: seen for name, seen in found.items() if name not in wrong}
 
+    def evaluators(self, plan: Plan) -> tuple[Evaluator, Evaluator]:
+        """The float program, and the one that `plan` quantizes."""
+        if self.calibration is None:
+            raise DataError("Running a model on calibration data needs some, got None. Pass calibration=.")
+        self._exact = self._exact or Evaluator(self.model, self.program, self.calibration, None)
+        return self._exact, self._quantized(plan, self.calibration)
+
+    def restart(self) -> None:
+        """Begin again at the inputs."""
+        self._exact = self._own = None
+
     def _quantized(self, plan: Plan, calibration: Batches) -> Evaluator:
         """The quantized program, whose variables are those of `plan`."""
         own = self._own
@@ -181,7 +192,7 @@ class KerasRunner:
             own, self._used = Evaluator(self.model, program, calibration, plan), {}
         changed = [name for name in plan.weights if name in self.nodes and self._is_new(plan, name)]
         for name in changed:
-            self._assign(own.program, plan, name)
+            self.assign(own.program, plan, name)
         if any(own.has_run(call.node.name) for name in changed for call in self.nodes[name]):
             own = Evaluator(self.model, own.program, calibration, plan)  # what has run is not as it was: begin again
         self._own = own
@@ -194,7 +205,7 @@ class KerasRunner:
         before, self._used[name] = self._used.get(name), state
         return before is None or any(a is not b for a, b in zip(state, before, strict=True))
 
-    def _assign(self, program: Program, plan: Plan, name: str) -> None:
+    def assign(self, program: Program, plan: Plan, name: str) -> None:
         """*In place*: a weight, and the bias beside it, as `plan` rounds them."""
         kernel, bias = self.program.kernels[name], self.nodes[name][0].node.bias
         array = np.asarray(quantized_view(kernel).array, np.float32)

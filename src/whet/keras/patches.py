@@ -74,7 +74,8 @@ def columns_at(geometry: Geometry, x: Floats, out: tuple[int, ...], at: npt.NDAr
         x.strides[-1],
     )
     windows = np.lib.stride_tricks.as_strided(x, shape, strides, writeable=False)
-    found = windows[(slice(None), *np.unravel_index(at, out))]  # (examples, positions, kernel…, in)
+    where: tuple[Any, ...] = (slice(None), *np.unravel_index(at, out))
+    found = windows[where]  # (examples, positions, kernel…, in)
     if geometry.transposed:
         found = np.flip(found, tuple(range(2, 2 + geometry.rank)))
     split = found.reshape(-1, *geometry.kernel, geometry.groups, x.shape[-1] // geometry.groups)

@@ -22,11 +22,13 @@ from whet.keras.clone import Model, Program, assemble
 from whet.keras.model import predict
 from whet.keras.moments import KerasRunner
 from whet.keras.quantize import STORED, arrays
+from whet.keras.reconstruct import reconstruct
 from whet.keras.trace import lowered
 from whet.keras.variables import named_variables
 from whet.records import Step
 from whet.specs import Int, Quantize, Target
 from whet.specs.base import to_dict
+from whet.specs.quantization import AdaRound
 
 
 def quantize(
@@ -41,7 +43,7 @@ def quantize(
     started = time.monotonic()
     observed = isinstance(spec.activations, Int)
     _check_calibration(spec, calibration)
-    rules = _rules(target, spec)
+    rules = rules_for(target, spec)
     equalized = _equalized(model, spec, rules, calibration, example)
     program = _program(model, example, equalized.tensors)
     ranges = calibrate(program, calibration, progress, spec.observer) if observed and calibration is not None else {}
@@ -51,6 +53,10 @@ def quantize(
     if refines(spec) or spec.correct_bias is not None:
         runner = KerasRunner(model, example, calibration, equalized.tensors)
         solved = refine(solved, program.graph, weights, biases, runner, progress=progress)
+        if isinstance(spec.rounding, AdaRound) and spec.rounding.blocks:
+            plan, rows = reconstruct(solved.plan, program.graph, weights, runner, spec.rounding, progress=progress)
+            changed = tuple({**row, **rows.get(row["name"], {})} for row in solved.changed)
+            solved = replace(solved, plan=plan, changed=changed)
         if spec.correct_bias is not None and spec.correct_bias.analytic:
             solved = correct_analytically(solved, program.graph, weights, biases, runner)
     skipped = (*solved.skipped, *_float_operations(program.graph, solved.placement, target))
@@ -72,7 +78,7 @@ def _check_calibration(spec: Quantize, calibration: Batches | None) -> None:
     )
 
 
-def _rules(target: Target, spec: Quantize) -> Target:
+def rules_for(target: Target, spec: Quantize) -> Target:
     """With symmetric activations a ReLU is no part of the rounding (half of the codes lie below zero): it stands alone."""
     rules = replace(target, weight_only=target.weight_only & STORED)
     symmetric = isinstance(spec.activations, Int) and spec.activations.symmetric

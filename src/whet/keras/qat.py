@@ -16,25 +16,25 @@ import numpy as np
 import numpy.typing as npt
 
 from whet.data import Batches
-from whet.errors import DataError, ModelError, SpecError
+from whet.errors import DataError, ModelError
+from whet.graph.learning import check_trainable, into_bins, moved_values, observed_steps, with_room
 from whet.graph.nodes import Graph
 from whet.graph.placement import Placement, Plan, place
 from whet.graph.solve import described, stored_weight
 from whet.graph.views import Masks, WeightView
 from whet.keras.clone import Layer, Model, Program, Ref, Tensor, assemble, safe
-from whet.keras.learned import BiasSource, LearnedQuantize, add_quantizer_state, kernel_scale, quantized_class
+from whet.keras.learned import STATE, TRAINED, BiasSource, LearnedQuantize, add_quantizer_state, kernel_scale, quantized_class
 from whet.keras.model import copy
-from whet.keras.posttraining import quantize
-from whet.keras.quantize import FakeQuantize, planned, quantized_view
+from whet.keras.posttraining import quantize, rules_for
+from whet.keras.quantize import FakeQuantize, planned, quantized_view, rounded_weights
 from whet.keras.training import train as run_training
-from whet.keras.views import kernels, to_numpy, walk
-from whet.numerics.affine import SCALE_FLOOR, QParams, fit_scale_to_bias
+from whet.keras.views import kernels, own_weights, to_numpy, walk
+from whet.numerics.affine import SCALE_FLOOR, QParams
 from whet.records import Step
 from whet.specs import Metric, Quantize, Target, Train, find_target, to_dict
 from whet.specs.quantization import QAT
 
 WEIGHTED = ("conv", "conv_transpose", "linear")
-MARGIN = 1e-3  # of a step: how far from the edge of its code's interval a weight begins
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,13 +91,20 @@ def prepare(
 def prepared_for(model: Model, plan: Plan, target: Target, *, masks: Masks, steps: int | None, example: Any = None) -> Model:
     """A model that trains from `plan` on; `model`, which is not changed, is what `finish` puts the result into."""
     qat = plan.spec.qat or QAT()
-    observe = _observed_steps(qat, steps)
-    _check_schemes(plan)
+    observe = observed_steps(qat, steps)
+    check_trainable(plan)
     program = planned(model, plan, example)
-    placement = place(program.graph, target, plan.spec)
-    holders = {name: _holder(program, name) for name in (*plan.weights, *(set(masks) - set(plan.weights)))}
-    for name, layer in holders.items():
-        _quantize_kernel(layer, program, name, plan, qat, masks.get(name))
+    placement = place(program.graph, rules_for(target, plan.spec), plan.spec)
+    holders: dict[str, Layer] = {}
+    for name in (*plan.weights, *sorted(set(masks) - set(plan.weights))):
+        layer = _holder(program, name)
+        if isinstance(layer, TRAINED):
+            holders[name] = layer
+            _quantize_kernel(layer, program, name, plan, qat, masks.get(name))
+        else:  # embeddings and recurrent cells stay at their rounded values
+            variable = program.kernels[name].variable
+            variable.assign(rounded_weights(program, plan, [name])[name])
+            variable.trainable = False
     for call in program.calls:
         if call.node.op == "batch_norm" or isinstance(call.operation, keras.layers.BatchNormalization):
             call.operation.trainable = False
@@ -110,30 +117,17 @@ def prepared_for(model: Model, plan: Plan, target: Target, *, masks: Masks, step
     return made
 
 
-def _observed_steps(qat: QAT, steps: int | None) -> int:
-    if not qat.observe:
-        return 0
-    if steps is None:
-        raise SpecError(f"QAT(observe={qat.observe:g}) is a part of all training steps: pass steps=epochs * batches.")
-    return max(1, round(qat.observe * steps))
-
-
-def _check_schemes(plan: Plan) -> None:
-    for name, params in plan.weights.items():
-        if not isinstance(params, QParams):
-            raise SpecError(
-                f"QAT trains weights in Int(…), and {name!r} is stored as {params.spec!r}: quantize it after training, or give "
-                "it Int(…) in overrides=."
-            )
-    if plan.dynamic:
-        raise SpecError("QAT trains with ranges that are known, and Dynamic() has none: use Int(8, symmetric=False, …).")
-
-
 def _holder(program: Program, name: str) -> Layer:
     if name not in program.kernels:
         raise ModelError(f"A mask is for {name!r}, which this model does not have. Masks belong to the model they came from.")
     variable = program.kernels[name].variable
-    return next(c.operation for c in program.calls if any(v is variable for v in getattr(c.operation, "weights", ())))
+    for call in program.calls:
+        if not isinstance(call.operation, keras.Layer):
+            continue
+        for layer in (call.operation, *(inside for _, inside in walk(call.operation))):
+            if any(own is variable for own in own_weights(layer)):
+                return layer
+    raise ModelError(f"No layer of this model holds {name!r}.")
 
 
 def _quantize_kernel(layer: Layer, program: Program, name: str, plan: Plan, qat: QAT, mask: Any) -> None:
@@ -165,16 +159,6 @@ def _quantize_kernel(layer: Layer, program: Program, name: str, plan: Plan, qat:
             layer.kernel_zero.assign(params.zero_point.reshape(options["shape"]).astype(np.float32))
     if mask is not None:
         layer.kernel_mask.assign(np.asarray(mask).reshape(shape).astype(np.int8))
-
-
-def into_bins(array: npt.NDArray[np.float32], params: QParams, codes: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-    """The values nearest to `array` whose nearest codes are `codes`, as a post-training algorithm chose them."""
-    scale, zero = params.broadcast(array.shape)
-    middle = (codes - zero).astype(np.float32)
-    reach = np.float32(0.5 - MARGIN)
-    low = np.where(codes == params.spec.qmin, -np.inf, (middle - reach) * scale)
-    high = np.where(codes == params.spec.qmax, np.inf, (middle + reach) * scale)
-    return np.clip(array, low, high).astype(np.float32)
 
 
 def _broadcast_shape(params: QParams, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -212,18 +196,13 @@ def _groups(graph: Graph, plan: Plan, placement: Placement, qat: QAT, observe: i
 
 def _members(graph: Graph, plan: Plan, placement: Placement, group: str) -> list[str]:
     """The values of a group that get its quantizer: where codes are only moved, nothing is rounded again."""
-    moved = _moved(graph, plan, placement)
+    moved = moved_values(graph, _quantized(plan, placement))
     return [value for value, own in placement.values.items() if own == group and value in plan.values and value not in moved]
 
 
-def _moved(graph: Graph, plan: Plan, placement: Placement) -> set[str]:
-    moves = {"max_pool", "reshape", "flatten", "transpose", "identity", "concat", "pad"}
-    own = placement.values
-    return {
-        node.name
-        for node in graph.nodes
-        if node.op in moves and all(own.get(value) == own.get(node.name) and value in plan.values for value in node.inputs)
-    }
+def _quantized(plan: Plan, placement: Placement) -> dict[str, str]:
+    """The group of every value that the plan quantizes."""
+    return {value: group for value, group in placement.values.items() if value in plan.values}
 
 
 def _inserter(program: Program, plan: Plan, placement: Placement, groups: dict[str, LearnedQuantize]) -> Any:
@@ -232,7 +211,7 @@ def _inserter(program: Program, plan: Plan, placement: Placement, groups: dict[s
     for group in groups:
         watched = [v for v in _members(graph, plan, placement, group) if v not in placement.clipped]
         member |= {value: index for index, value in enumerate(watched)}
-    moved = _moved(graph, plan, placement)
+    moved = moved_values(graph, _quantized(plan, placement))
 
     def insert(ref: Ref, tensor: Tensor) -> Tensor:
         params = plan.values.get(ref.name)
@@ -266,18 +245,20 @@ def finish(prepared: Model) -> tuple[Model, Plan]:
         )
     float_model = copy(made.model)
     trained = {name: _trained_kernel(name, layer) for name, layer in made.kernels.items()}
-    weights = {name: _trained_scale(made, name) for name in made.plan.weights}
+    weights = made.plan.weights | {name: _trained_scale(made, name) for name in trained if name in made.plan.weights}
     solved = {group: layer.solved() for group, layer in made.groups.items()}
     fresh = {
         group: QParams(np.asarray(max(scale, SCALE_FLOOR), np.float32), np.asarray(zero, np.int32), made.groups[group].codes)
         for group, (scale, zero) in solved.items()
     }
     values = {value: _value(params, fresh.get(made.placement.values[value])) for value, params in made.plan.values.items()}
-    weights = {name: _with_room(made, name, params, values) for name, params in weights.items()}
     _write_back(made.program, float_model, trained)
-    plan = replace(made.plan, weights=dict(weights), values=values, tensors={}, codes={})
+    biases = {name: to_numpy(made.program.biases[name]).astype(np.float32) for name in made.plan.biases}
+    plan = with_room(replace(made.plan, weights=dict(weights), values=values, tensors={}, codes={}), biases)
     again = planned(float_model, plan)
-    for name, params in weights.items():
+    for name, params in plan.weights.items():
+        if name not in trained:
+            continue
         kernel = again.kernels[name]
         wanted = params.encode(_as_quantized(kernel, trained[name]))
         if not np.array_equal(wanted, params.encode(np.asarray(quantized_view(kernel).array, np.float32))):
@@ -310,16 +291,6 @@ def _trained_scale(made: Preparation, name: str) -> QParams:
     return replace(params, scale=scale.reshape(params.scale.shape))
 
 
-def _with_room(made: Preparation, name: str, params: QParams, values: dict[str, QParams]) -> QParams:
-    """`params` with scales at which the trained bias still fits into int32."""
-    for bias, (source, weight) in made.plan.biases.items():
-        if weight == name:
-            array = to_numpy(made.program.biases[bias]).astype(np.float32)
-            wider = fit_scale_to_bias(np.broadcast_to(params.scale, array.shape), float(values[source].scale), array)
-            params = replace(params, scale=np.asarray(wider if params.axis is not None else wider.max(), np.float32))
-    return params
-
-
 def _write_back(program: Program, float_model: Model, trained: dict[str, npt.NDArray[np.float32]]) -> None:
     """Give `float_model` the weights of the trained program."""
     layers = dict(walk(float_model))
@@ -341,9 +312,16 @@ def _write_back(program: Program, float_model: Model, trained: dict[str, npt.NDA
             own[weight].assign(array)
         elif isinstance(operation, keras.Layer) and operation.weights and call.node.op not in WEIGHTED:
             goal = layers.get(path)
-            goal = goal.activation if goal is not None and type(goal) is not type(operation) else goal
-            for source, variable in zip(operation.weights, goal.weights if goal is not None else (), strict=True):
-                variable.assign(source)
+            goal = goal.activation if goal is not None and type(goal).__name__ not in type(operation).__name__ else goal
+            _copy_weights(operation, goal, {id(program.kernels[name].variable): array for name, array in trained.items()})
+
+
+def _copy_weights(source: Layer, goal: Layer, trained: dict[int, npt.NDArray[np.float32]]) -> None:
+    """Give `goal` the weights of `source`, a layer like it but for quantizers inside."""
+    for one, other in zip((source, *(s for _, s in walk(source))), (goal, *(g for _, g in walk(goal))), strict=True):
+        plain = [variable for variable in own_weights(one) if variable.name not in STATE]
+        for variable, its_goal in zip(plain, own_weights(other), strict=True):
+            its_goal.assign(trained.get(id(variable), variable))
 
 
 def _unfold(norm: Layer, array: npt.NDArray[np.float32], bias: Any) -> npt.NDArray[np.float32]:
