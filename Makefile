@@ -16,8 +16,8 @@ demo-torch: .venv/.torch  ## The PyTorch -> ONNX Runtime half, with only its ext
 demo-keras: .venv/.keras  ## The Keras 3 -> LiteRT half, with only its extras.
 	@$(PY) examples/demo_keras.py
 
-test: .venv/.dev  ## Set up, then the tests.
-	$(PY) -m pytest -m "not slow"
+test: .venv/.dev  ## Set up, then the tests, a file on each of two processes.
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: .venv/.dev  ## The tests that take longer than a minute.
 	$(PY) -m pytest -m slow
