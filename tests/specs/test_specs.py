@@ -141,7 +141,9 @@ trains = st.builds(
     decay=st.sampled_from(["cosine", None]),
     loss=st.sampled_from([None, soft_targets]),
     apply=st.tuples() | st.tuples(prunes) | st.tuples(prunes, distills) | st.tuples(distills),
-    early_stopping=st.none() | st.builds(EarlyStopping, patience=st.integers(1, 99), min_delta=st.floats(0, 9)),
+    early_stopping=st.none()
+    | st.builds(EarlyStopping, patience=st.integers(1, 99), min_delta=st.floats(0, 9))
+    | st.builds(EarlyStopping, relative=st.booleans(), warmup=st.integers(0, 9), threshold=st.none() | st.floats(-9, 9)),
 )
 names = st.sampled_from(["conv1", "Int", "Prune", "Conv1", "function", "a.b"])
 quantizes = st.one_of(

@@ -17,16 +17,29 @@ from whet.specs.pruning import Prune
 class EarlyStopping:
     """Stop after `patience` epochs without an improvement of more than `min_delta`; the best weights are restored.
 
-    With a pruning schedule, patience and best begin when the schedule is done: a best is never at a lower sparsity.
+    With `relative` an improvement is a change of more than `min_delta · |best|`. In the first `warmup` epochs the best is
+    tracked and patience does not count. Training also stops as soon as the value reaches `threshold` (good enough), and as
+    soon as it is worse than `divergence` or, where that is given, not finite. What is better, the metric says.
+
+    With a pruning schedule, all of this begins when the schedule is done: a best is never at a lower sparsity.
     """
 
     _: KW_ONLY
     patience: int = 3
     min_delta: float = 0.0
+    relative: bool = False
+    warmup: int = 0
+    threshold: float | None = None
+    divergence: float | None = None
 
     def __post_init__(self) -> None:
         check_integer("EarlyStopping.patience", self.patience, low=1)
-        check_number("EarlyStopping.min_delta", self.min_delta, low=0, high=1e12)
+        check_type("EarlyStopping.relative", self.relative, bool)
+        check_number("EarlyStopping.min_delta", self.min_delta, low=0, high=1 if self.relative else 1e12)
+        check_integer("EarlyStopping.warmup", self.warmup, low=0)
+        for name, bound in (("threshold", self.threshold), ("divergence", self.divergence)):
+            if bound is not None:
+                check_number(f"EarlyStopping.{name}", bound, low=-1e12, high=1e12)
 
 
 @spec
