@@ -63,7 +63,7 @@ class Watching(Interceptor):
 
     wanted: Wanted
     seen: dict[str, list[_Seen]]
-    values: dict[str, Tensor]
+    shown: dict[str, Tensor]
 
     def __init__(self, model: Any, *arguments: Any) -> None:
         super().__init__(model, *arguments)
@@ -71,7 +71,7 @@ class Watching(Interceptor):
 
     def begin(self, wanted: Wanted) -> None:
         """Before a forward pass."""
-        self.wanted, self.seen, self.values = wanted, {}, {}
+        self.wanted, self.seen, self.shown = wanted, {}, {}
 
     def enter(self, session: Session, args: Any, kwargs: Any) -> Any:
         """Inputs may be wanted as values."""
@@ -106,13 +106,13 @@ class Watching(Interceptor):
         self._end()
 
     def _value(self, name: str, tensor: Tensor) -> None:
-        if name in self.wanted.values and name not in self.values:
-            self.values[name] = tensor.detach().clone()
+        if name in self.wanted.values and name not in self.shown:
+            self.shown[name] = tensor.detach().clone()
             self._end()
 
     def _end(self) -> None:
         missing = any(len(self.seen.get(name, ())) < count for name, count in self.wanted.calls.items())
-        if not missing and len(self.values) == len(self.wanted.values):
+        if not missing and len(self.shown) == len(self.wanted.values):
             raise EnoughSeenError("All that was wanted of this pass has been seen.")
 
 
@@ -248,7 +248,7 @@ def _add(sums: dict[str, _Sums], request: Request, exact: Watching, own: Watchin
             continue
         targets = reference.outputs
         if request.beside is not None:
-            lost = exact.values[request.beside] - own.values[request.beside]
+            lost = exact.shown[request.beside] - own.shown[request.beside]
             targets = targets + outputs_at(seen.geometry, lost, seen.at)
         groups, rows, _ = seen.columns.shape
         split = targets.reshape(rows, groups, -1).transpose(0, 1)

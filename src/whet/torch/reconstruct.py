@@ -93,8 +93,8 @@ def _cached(plan: Plan, block: Block, calibration: Batches, runner: TorchRunner)
     size, batch = 0, None
     for inputs, _ in calibration:
         batch = inputs if batch is None else batch
-        seen = runner.forward(runner.reference, runner.watching, inputs, asked).values
-        own_seen = runner.forward(model, own, inputs, replace(asked, values={block.start})).values
+        seen = runner.forward(runner.reference, runner.watching, inputs, asked).shown
+        own_seen = runner.forward(model, own, inputs, replace(asked, values={block.start})).shown
         if not seen or not own_seen or own_seen[block.start].shape[0] != seen[block.end].shape[0]:
             return None
         quantized.append(own_seen[block.start])
