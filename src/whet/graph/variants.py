@@ -51,7 +51,10 @@ def parts_of(graph: Graph, plan: Plan, changed: Iterable[str]) -> list[Part]:
             row["weights"][name] = None
             row["values"] |= {value: None for value in node.inputs if value in plan.values}
             row["calls"] |= {node.name: None} if node.name in plan.dynamic else {}
-    return [Part(layer, *(tuple(row[k]) for k in ("weights", "values", "calls")), kinds[layer]) for layer, row in rows.items()]
+    return [
+        Part(layer, tuple(row["weights"]), tuple(row["values"]), tuple(row["calls"]), kinds[layer])
+        for layer, row in rows.items()
+    ]
 
 
 def restricted(plan: Plan, parts: Iterable[Part], changed: Collection[str]) -> Plan:

@@ -8,10 +8,12 @@ from typing import Any
 from whet.data import Batches
 from whet.errors import DataError, SpecError
 from whet.graph.views import Masks
+from whet.pipeline.accuracy import control
+from whet.pipeline.adaptive import resolve
 from whet.pipeline.compressed import Compressed
 from whet.pipeline.side import Model, side_of
 from whet.records import Step
-from whet.specs import Distill, Metric, Quantize, Target, Train
+from whet.specs import Adaptive, Distill, Metric, Quantize, Target, Train, to_dict
 
 
 def quantize_step(
@@ -30,10 +32,61 @@ def quantize_step(
 ) -> Step:
     """Quantize the float model of `compressed`, which gets a plan, and train it with that plan where `spec.qat` says so.
 
+    Adaptive schemes are resolved first. With `spec.max_drop` all this is done again with fewer layers until the drop on `val`
+    holds, see `whet.pipeline.accuracy`.
+
     Raises:
-        DataError: training data is missing. SpecError: `fit` prunes, or there is nothing to train.
+        DataError: training data or labelled data is missing. SpecError: `fit` prunes, or there is nothing to train.
+        BudgetError: no choice of schemes is within the budget of `Adaptive`.
     """
-    fit = training_of(spec, fit, train)
+    work = training_of(spec, fit, train)
+    rows, record = dict[str, dict[str, Any]](), dict[str, Any]()
+    fixed = spec
+    if isinstance(spec.weights, Adaptive):
+        found = resolve(compressed, spec, target, calibration=calibration, val=val, metric=metric, progress=progress)
+        fixed, rows, record["adaptive"] = found.spec, found.rows, found.record
+
+    def run(made: Compressed, by: Quantize) -> Step:
+        return _quantized(
+            made,
+            by,
+            target,
+            work,
+            calibration=calibration,
+            train=train,
+            val=val,
+            metric=metric,
+            teacher=teacher,
+            device=device,
+            progress=progress and spec.max_drop is None,
+        )
+
+    if spec.max_drop is None:
+        step = run(compressed, fixed)
+    else:
+        held = control(compressed, fixed, target, run, calibration=calibration, val=val, metric=metric, progress=progress)
+        compressed.float_model, compressed.plan = held.made.float_model, held.made.plan
+        step, record["max_drop"] = held.step, held.record
+        rows = {name: {"sensitivity": row.damage} for row in held.damages for name in row.weights} | rows
+    changed = tuple({**row, **rows.get(row["name"], {})} for row in step.changed)
+    return replace(step, spec=to_dict(spec), changed=changed, control=record or None)
+
+
+def _quantized(
+    compressed: Compressed,
+    spec: Quantize,
+    target: Target,
+    fit: Train | None,
+    *,
+    calibration: Batches | None,
+    train: Batches | None,
+    val: Batches | None,
+    metric: Metric | None,
+    teacher: Model | None,
+    device: str | None,
+    progress: bool,
+) -> Step:
+    """*In place*: solve a plan, and train with it where there is `fit`."""
     compressed.plan, step = compressed.side.quantize(
         compressed.float_model, spec, target, calibration=calibration, example=compressed.example, progress=progress
     )

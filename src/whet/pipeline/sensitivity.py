@@ -27,6 +27,7 @@ from whet.specs.quantization import Adaptive, AdaRound
 from whet.specs.schemes import SCHEMES, Scheme
 
 _LEAST = 1e-12  # probability
+_STORED = {"int4": 4, "int8": 8, "int16": 16, "float32": 32}  # bits
 _FEW = 1e-3  # what 32-bit sums of probabilities may be off
 
 
@@ -35,10 +36,10 @@ class Damage:
     """What one layer alone costs, quantized as the spec of index `spec` says.
 
     scheme: of its weights, in words. bits: of one code, on average. parameters: how many weights change. bytes: of these
-    as stored: codes, scales, zero points and levels. noise: `Σ (r - a)² / Σ r²` over all outputs `a` against those of the
-    float model `r`. divergence: `KL(float ‖ quantized)` of the class probabilities, in nats, a mean over examples; None where
-    the model's outputs are none (see `Sensitivity`). drop: of the metric, where labelled data was given, with its paired
-    interval. weight_db: the signal-to-error ratio of the stored weights.
+    in the target's file: codes, scales, zero points and levels. noise: `Σ (r - a)² / Σ r²` over all outputs `a` against those
+    of the float model `r`. divergence: `KL(float ‖ quantized)` of the class probabilities, in nats, a mean over examples; None
+    where the model's outputs are none (see `Sensitivity`). drop: of the metric, where labelled data was given, with its paired
+    interval. weight_db: the worst signal-to-error ratio of its stored weights, which are `weights` by name.
     """
 
     layer: str
@@ -51,6 +52,7 @@ class Damage:
     divergence: float | None = None
     drop: Estimate | None = None
     weight_db: float | None = None
+    weights: tuple[str, ...] = ()
 
     @property
     def damage(self) -> float:
@@ -64,17 +66,17 @@ class Damage:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        plain = {name: getattr(self, name) for name in self.__slots__ if name != "drop"}
+        plain = {name: getattr(self, name) for name in self.__slots__ if name not in ("drop", "weights")}
         drop = None if self.drop is None else self.drop.to_dict()
-        return {**plain, "drop": drop, "damage": self.damage, "sqnr_db": self.sqnr_db}
+        return {**plain, "weights": list(self.weights), "drop": drop, "damage": self.damage, "sqnr_db": self.sqnr_db}
 
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
     """Every layer under every spec, each alone. Prints as a table, the most sensitive layer first.
 
-    measured_on: "val" or "calibration". examples: how many. metric: the record of the float model's metric, None without
-    labelled data. Class probabilities are outputs that sum to 1, or logits: the softmax of outputs whose targets are classes.
+    measured_on: which data, "val" or "calibration". examples: how many. metric: the record of the float model's metric, None
+    without labelled data. Class probabilities are outputs that sum to 1, or logits: the softmax of outputs whose targets are classes.
     """
 
     specs: tuple[Quantize, ...]
@@ -125,9 +127,9 @@ class Sensitivity:
         kind = "KL, nats" if any(row.divergence is not None for row in self.rows) else "noise"
         header: tuple[str, ...] = ("layer", "scheme", "bytes", kind, "outputs, dB", "weights, dB")
         header = header if self.metric is None else (*header, f"{self.metric['name']} drop")
-        body = []
+        body: list[tuple[str, ...]] = []
         for row in sorted(self.rows, key=lambda row: (order.index(row.layer), row.spec)):
-            cells = (
+            cells: tuple[str, ...] = (
                 row.layer,
                 row.scheme,
                 f"{row.bytes:,}",
@@ -223,8 +225,7 @@ def measured(
             rows += probe.damages(parts, index, bar)
             record = None if probe.before is None else probe.before.record
             examples = probe.examples
-    where = "val" if data is not calibration else "calibration"
-    return Sensitivity(tuple(specs), tuple(rows), where, examples, record, time.perf_counter() - started, target.name)
+    return Sensitivity(tuple(specs), tuple(rows), data.what, examples, record, time.perf_counter() - started, target.name)
 
 
 class _Probe:
@@ -269,20 +270,22 @@ class _Probe:
             " + ".join(dict.fromkeys(row["scheme"] for row in rows)),
             sum(row["bits"] * row["parameters"] for row in rows) / max(parameters, 1),
             parameters,
-            sum(stored_bytes(self.plan.weights.get(row["name"]), row["parameters"], row["bits"]) for row in rows),
+            sum(stored_bytes(self.plan.weights.get(row["name"]), row) for row in rows),
             error / self.power if self.power else error,
             divergence,
             drop,
             _weight_db(rows),
+            part.weights,
         )
 
     def _outputs(self) -> Any:
         return concatenate([self.variants.predict(inputs) for inputs, _ in self.data])
 
 
-def stored_bytes(params: QParams | Codebook | None, parameters: int, bits: int) -> int:
-    """Bytes of one weight as codes in a row, with the scales, zero points and levels that belong to them (32 and 8 bits)."""
-    total = parameters * bits
+def stored_bytes(params: QParams | Codebook | None, row: dict[str, Any]) -> int:
+    """Bytes of one weight in the target's file: its codes in the type they are stored in, with the scales, zero points and
+    levels that belong to them (of 32, 8 and 32 bits). row: of its step."""
+    total: int = row["parameters"] * _STORED.get(row.get("stored", ""), row["bits"])
     if params is not None:
         total += 32 * params.scale.size
         if isinstance(params, Codebook):
