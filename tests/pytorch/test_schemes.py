@@ -12,6 +12,7 @@ from torch_parts import Tied, seeded
 from whet import NF4, Dynamic, Float, Int, KMeans, PerGroup, Quantize
 from whet.runtimes.content import read_dtypes
 from whet.runtimes.sessions import open_session
+from whet.torch import to_torchao
 
 IDS = np.random.default_rng(0).integers(0, 11, (4, 7))
 
@@ -159,3 +160,28 @@ def test_levels_beside_integer_activations_compute_as_simulated(tmp_path):
     path = result.export(tmp_path / "m.onnx")
     assert result.plan.values and read_dtypes(path)["stored"]["uint4"] == 64 * 48 // 2
     assert sqnr(result.side.predict(result.model, x), np.asarray(open_session(path).run(x))) > 35  # a code here and there
+
+
+@pytest.mark.filterwarnings("ignore")  # torchao's own, on import
+def test_torchao_tensors_hold_our_codes_and_compute_the_same():
+    pytest.importorskip("torchao")
+    model = seeded(lambda: nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))).eval()
+    x = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
+    uneven = Int(4, granularity=PerGroup(32))  # 48 features
+    for spec in (Int(4, granularity=PerGroup(16)), Int(8), Int(3), Int(4, symmetric=False, granularity=PerGroup(16))):
+        result = quantized(model, spec, example=x)
+        handed = to_torchao(result.float_model, result.plan)
+        assert type(handed[0].weight).__module__.startswith("torchao")
+        assert torch.equal(handed[0].weight.dequantize(), result.model[0].weight)
+        codes = result.plan.encode("0.weight", model[0].weight.detach().numpy())
+        shift = 0 if spec.symmetric else 8
+        assert np.array_equal(handed[0].weight.qdata.numpy(), codes - shift)
+        with torch.no_grad():
+            assert torch.equal(handed(torch.from_numpy(x)), result.model(torch.from_numpy(x)))
+        assert type(model[0].weight) is nn.Parameter
+    with pytest.raises(whet.WhetError, match="48 input features in groups of 32"):
+        to_torchao(model, quantized(model, uneven, example=x).plan)
+    with pytest.raises(whet.WhetError, match=r"Int\(4, granularity=PerGroup"):
+        to_torchao(model, quantized(model, NF4(), example=x).plan)
+    with pytest.raises(whet.WhetError, match="activations too"):
+        to_torchao(model, quantized(model, Int(8), Dynamic(), example=x).plan)

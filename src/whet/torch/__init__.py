@@ -20,6 +20,7 @@ from whet.torch.qat import finish, prepare, quantize_aware
 from whet.torch.quantize import simulate
 from whet.torch.removal import remove
 from whet.torch.store import load_model, save_model
+from whet.torch.torchao_tensors import to_torchao
 from whet.torch.training import train
 from whet.torch.variants import variants
 
@@ -50,6 +51,7 @@ __all__ = [
     "save_model",
     "simulate",
     "soft_targets",
+    "to_torchao",
     "train",
     "validate",
     "variants",
