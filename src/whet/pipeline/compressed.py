@@ -22,7 +22,7 @@ from whet.runtimes.sessions import companion_of, parts
 from whet.specs import Metric, Target, find_target
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, repr=False)
 class Compressed:
     """The result of every verb. It never shares weights with the model that was given.
 
@@ -65,12 +65,20 @@ class Compressed:
         plain = {"format": FORMAT, "seed": self.seed, **self.data, "steps": [step.to_dict() for step in self.steps]}
         return Report(plain)
 
+    def __repr__(self) -> str:
+        """One line: what it is, and the steps that made it."""
+        done = " → ".join(next(iter(step.spec)) for step in self.steps)
+        return f"<{self._title()}{'; ' + done if done else ''}>"
+
     def _repr_html_(self) -> str:
+        return htmltext.heading(self._title()) + htmltext.report_html(self.report.data)
+
+    def _title(self) -> str:
         kind = type(self.float_model).__name__
         state = "float" if self.plan is None else f"quantized for {self.plan.target}"
         kept, size = sum(int(mask.sum()) for mask in self.masks.values()), sum(mask.size for mask in self.masks.values())
         pruned = f", {texts.percent(1 - kept / size)} of {size:,} masked weights removed" if size else ""
-        return htmltext.heading(f"Compressed {kind}: {state}{pruned}") + htmltext.report_html(self.report.data)
+        return f"Compressed {kind}: {state}{pruned}"
 
     def convert(self) -> Model:
         """A model whose weights are stored as integers.
