@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
+from torch.distributed import fsdp
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -297,6 +298,35 @@ def test_distributed_data_parallel(tmp_path):
         torch.distributed.destroy_process_group()
     train_a_little(alone, inputs, 3, loss=loss_of)
     torch.testing.assert_close(found, outputs_of(side.simulate(*side.finish(alone)), inputs))
+
+
+class Block(nn.Module):
+    def __init__(self, before, after):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(before, after, 3, bias=False), nn.BatchNorm2d(after)
+
+    def forward(self, x):
+        return torch.relu(self.norm(self.conv(x)))
+
+
+def test_fully_sharded_blocks_learn_the_same(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(3, 4), Block(4, 4), nn.Flatten(), nn.Linear(64, 5)).eval()
+    x = zoo_torch.normal(8, 3, 8, 8)
+    prepared = side.prepare(model, LOW, calibration=[x], progress=False)
+    sharded = copy.deepcopy(prepared)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        for part in (sharded[0], sharded[1], sharded[3], sharded):
+            fsdp.fully_shard(part, mesh=mesh)
+        for made in (prepared, sharded):
+            train_a_little(made, torch.from_numpy(x), 3, 0.1, torch.optim.SGD)
+        for (name, one), (_, two) in zip(prepared.named_parameters(), sharded.named_parameters(), strict=True):
+            torch.testing.assert_close(two.full_tensor(), one.data, msg=name)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert float(prepared[0].conv.weight_factor.sum()) != 4.0
 
 
 RANK_1 = """

@@ -225,8 +225,9 @@ class Quantize:
 
     `activations=None` quantizes weights only, `Dynamic()` activations at run time. `observer` ranges activations,
     `weight_observer` weights. `keep` and `include` are layer names or `fnmatch` patterns, or layer classes; a kept layer
-    stays float. `overrides` gives layers, named in the same way, another weight scheme; the first match counts. The target
-    may change the *sign* of activation codes (uint8 and int8 are one lattice shifted by 128), never their scale.
+    stays float. `overrides` gives layers, named in the same way, another weight scheme; the first match counts, and what
+    such a layer reads (and the model's outputs that it makes) has at least as many bits as its Int weights. The target may
+    change the *sign* of activation codes (uint8 and int8 are one lattice shifted by 128), never their scale.
 
     What serves best at 4 bits and fewer, from some hundred to a thousand images without labels (layers at both ends keep 8):
 

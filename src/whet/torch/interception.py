@@ -92,6 +92,9 @@ class Session(TorchFunctionMode):  # type: ignore[misc]  # torch is Any to the t
         count = self.calls.get(path, 0)
         self.calls[path] = count + 1
         self.stack.append(Frame(path, module, f"{path}@{count}" if count else path))
+        for own, tensor in module._parameters.items():
+            if tensor is not None and id(tensor) not in self.parameters:  # FSDP puts whole parameters there for one call
+                self.parameters[id(tensor)] = (tensor, f"{path}.{own}" if path else own)
 
     @property
     def path(self) -> str:

@@ -126,8 +126,8 @@ def _summed(a: Tensor, b: Tensor, base: Tensor, lattice: Lattice) -> Tensor:
 
 
 def _spread(scale: Tensor, shape: Any, groups: tuple[int, int] | None) -> Tensor:
-    """Scales of groups repeated along their axis."""
+    """Scales of groups repeated along their axis; one scale alone without dimensions."""
     if groups is None:
-        return scale
+        return scale.reshape(()) if scale.numel() == 1 else scale
     along, size = groups
     return torch.repeat_interleave(scale, size, dim=along).narrow(along, 0, shape[along])

@@ -120,7 +120,7 @@ class Learner(ValueQuantizer):
         for state in {state.name: state for state in self.states.values()}.values():
             base, zero_point = self._range(state)
             scale = scale_of(base, self._factor(state)).clamp_min(SCALE_FLOOR)
-            arrays = (np.asarray(scale.cpu().numpy(), np.float32), np.asarray(round(zero_point), np.int32))
+            arrays = (scale.cpu().numpy().astype(np.float32).reshape(()), np.asarray(round(zero_point), np.int32))
             fresh[state.name] = QParams(*arrays, state.spec)
         values = {value: fresh[state.name] for value, state in self.states.items()}
         weights: dict[str, QParams | Codebook] = {name: self._solved(name) for name in self.params}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import torch
 
 from whet.data import Batches
@@ -135,14 +136,14 @@ def _weight_state(model: Any, tensors: dict[str, Tensor], name: str, plan: Plan,
         with torch.no_grad():
             weight.copy_(torch.from_numpy(array))
     scale = params.scale if params.group is not None else params.broadcast(tuple(weight.shape))[0]
-    base = torch.from_numpy(scale.copy()).to(weight.device)
+    base = torch.from_numpy(np.array(scale, ndmin=1)).to(weight.device)  # FSDP shards no scalars
     module.register_buffer(f"{last}_base", base)
     if qat.learn_scale:
         module.register_parameter(f"{last}_factor", torch.nn.Parameter(torch.ones_like(base), weight.requires_grad))
     zero = None
     if not params.spec.symmetric:
         zeros = params.zero_point if params.group is not None else params.broadcast(tuple(weight.shape))[1]
-        module.register_buffer(f"{last}_zero_point", torch.from_numpy(zeros.astype("float32")).to(weight.device))
+        module.register_buffer(f"{last}_zero_point", torch.from_numpy(np.array(zeros, np.float32, ndmin=1)).to(weight.device))
         zero = f"{prefix}{last}_zero_point"
     return WeightState(f"{prefix}{last}_base", f"{prefix}{last}_factor" if qat.learn_scale else None, zero, masked)
 
@@ -164,10 +165,10 @@ def _value_states(model: Any, plan: Plan, placement: Placement, qat: QAT, observ
         fixed = placement.values.get(values[0]) in placement.fixed
         watched = [value for value in values if value not in placement.clipped]
         learns, observes = qat.learn_scale and not fixed, 0 if fixed else observe
-        model.register_buffer(f"{name}_base", torch.tensor(float(params.scale), device=device))
-        model.register_buffer(f"{name}_zero_point", torch.tensor(float(params.zero_point), device=device))
+        model.register_buffer(f"{name}_base", torch.tensor([float(params.scale)], device=device))
+        model.register_buffer(f"{name}_zero_point", torch.tensor([float(params.zero_point)], device=device))
         if learns:
-            model.register_parameter(f"{name}_factor", torch.nn.Parameter(torch.ones((), device=device)))
+            model.register_parameter(f"{name}_factor", torch.nn.Parameter(torch.ones(1, device=device)))
         if observes:
             ends = [(code - int(params.zero_point)) * float(params.scale) for code in (params.spec.qmin, params.spec.qmax)]
             for kind, end in (("low", ends[0]), ("high", ends[1]), ("seen", 0.0)):
