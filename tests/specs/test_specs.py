@@ -26,10 +26,13 @@ from whet.specs import (
     MSE,
     NF4,
     NM,
+    PKT,
     QAT,
+    RKD,
     TARGETS,
     Adaptive,
     AdaRound,
+    AttentionTransfer,
     BatchNormScale,
     BiasCorrection,
     BinarySoftTargets,
@@ -44,6 +47,7 @@ from whet.specs import (
     EarlyStopping,
     Entropy,
     Exponential,
+    Features,
     Fisher,
     Float,
     GeometricMedian,
@@ -71,6 +75,7 @@ from whet.specs import (
     Random,
     Recipe,
     Regression,
+    SimilarityPreserving,
     SmoothQuant,
     SoftTargets,
     Target,
@@ -127,6 +132,8 @@ distills = st.builds(
     st.lists(
         st.builds(SoftTargets, positive, standardize=st.booleans(), weight=positive)
         | st.builds(DKD, st.floats(0, 9), beta=st.floats(0, 9), temperature=positive)
+        | st.builds(Features, st.just("a.*"), st.just("b"), learning_rate=positive)
+        | st.sampled_from([AttentionTransfer("a", "b"), RKD(angle=0), SimilarityPreserving("a", "b"), PKT()])
         | st.sampled_from([DIST(gamma=0.5), BinarySoftTargets(2.0), LogitsMSE(weight=0.5), Regression()]),
         min_size=1,
         max_size=2,
@@ -222,7 +229,9 @@ def test_every_spec_class_is_registered_frozen_and_copies() -> None:
     for name, cls in _SPECS.items():
         assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen, name
         assert (
-            not hasattr(cls(), "__dict__") if name not in {"Prune", "Float", "Recipe", "Metric", "UserCriterion"} else True
+            not hasattr(cls(), "__dict__")
+            if name not in {"Prune", "Float", "Recipe", "Metric", "UserCriterion", "Features", "AttentionTransfer"}
+            else True
         ), name
     for spec in examples:
         assert copy.deepcopy(spec) == spec == pickle.loads(pickle.dumps(spec))
@@ -295,6 +304,10 @@ REFUSED = [
     (lambda: DIST(temperature=0), "DIST.temperature"),
     (lambda: LogitsMSE(weight=0), "LogitsMSE.weight"),
     (lambda: SoftTargets(standardize=1), "SoftTargets.standardize"),
+    (lambda: Features("", "b"), "Features.student must name a layer or be a pattern"),
+    (lambda: Features("a", None), "Features.teacher must name a layer"),
+    (lambda: RKD("a"), "RKD takes layers of both models or of none, got 'a' and None"),
+    (lambda: RKD(distance=0, angle=0), "nothing to learn"),
     (lambda: Distill(Uniform()), "Distill.loss must be one of: SoftTargets"),
     (lambda: SoftTargets(0), r"\(0, 1e\+06\], got 0"),
     (lambda: Distill([]), "at least one distillation loss"),

@@ -14,6 +14,8 @@ import numpy as np
 from whet.numerics.affine import fake_quantize, qparams, quantize
 from whet.numerics.criteria import magnitude
 from whet.numerics.levels import float8_e4m3_levels, level_values, nearest_level, nf4_levels
+from whet.numerics.losses_features import attention_transfer, hints, same_positions
+from whet.numerics.losses_relations import pkt, rkd_angle, rkd_distance, similarity_preserving
 from whet.numerics.losses_table import logit_loss
 from whet.numerics.masks import mask_lowest, masks_for
 from whet.numerics.observers import channel_range, observe_minmax
@@ -80,7 +82,19 @@ def compute(xp: Any, make: Callable[[np.ndarray], Any], back: Callable[[Any], np
     for spec in (SoftTargets(), SoftTargets(100.0, standardize=True), BinarySoftTargets(), LogitsMSE(), DKD(), DIST()):
         found[f"{spec}"] = logit_loss(spec, student, teacher, make(labels), xp=xp)
         found[f"{spec} with padding"] = logit_loss(spec, student, teacher, make(labels), xp=xp, real=make(real))
+    found |= _features(xp, make)
     return {name: back(value) for name, value in found.items()}
+
+
+def _features(xp: Any, make: Callable[[np.ndarray], Any]) -> dict[str, Any]:
+    rng = np.random.default_rng(11)
+    student, teacher = (make(rng.normal(size=(8, *shape)).astype(np.float32)) for shape in ((4, 6, 5), (2, 3, 7)))
+    pooled = same_positions(student, teacher, xp=xp)
+    found = {"pooled": pooled[0], "hints": hints(pooled[0], pooled[1][..., :5], xp=xp)}
+    found["attention transfer"] = attention_transfer(*pooled, xp=xp)
+    for loss in (rkd_distance, rkd_angle, similarity_preserving, pkt):
+        found[loss.__name__] = loss(student, teacher, xp=xp)
+    return found
 
 
 def _ranges(xp: Any, make: Callable[[np.ndarray], Any]) -> dict[str, Any]:

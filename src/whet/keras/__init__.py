@@ -3,12 +3,14 @@
 from whet.keras.callbacks import PruningCallback
 from whet.keras.convert import convert
 from whet.keras.export import export
+from whet.keras.groups import groups
 from whet.keras.inspect import inspect
 from whet.keras.losses import (
     binary_soft_targets,
     dist,
     distillation_loss,
     dkd,
+    layer_loss,
     logits_mse,
     regression,
     soft_targets,
@@ -18,6 +20,7 @@ from whet.keras.posttraining import quantize
 from whet.keras.prune import Pruner, prune
 from whet.keras.qat import finish, prepare, quantize_aware
 from whet.keras.quantize import FakeQuantize, simulate
+from whet.keras.removal import remove
 from whet.keras.store import load_model, save_model
 from whet.keras.training import train
 from whet.keras.variants import variants
@@ -37,7 +40,9 @@ __all__ = [
     "dkd",
     "export",
     "finish",
+    "groups",
     "inspect",
+    "layer_loss",
     "load_model",
     "logits_mse",
     "predict",
@@ -46,6 +51,7 @@ __all__ = [
     "quantize",
     "quantize_aware",
     "regression",
+    "remove",
     "save_model",
     "simulate",
     "soft_targets",

@@ -12,13 +12,19 @@ from whet.errors import ModelError
 from whet.keras.clone import last_operation
 from whet.keras.losses import distillation_loss, wide
 from whet.keras.model import forward
+from whet.keras.namespace import xp
 from whet.keras.views import to_numpy
-from whet.numerics.losses_table import NEEDS_CLASSES, check_shapes, looks_like_sigmoid
+from whet.numerics.losses_layers import layer_loss
+from whet.numerics.losses_table import NEEDS_CLASSES, check_shapes, looks_like_sigmoid, warn_if_swapped
 from whet.specs import BinarySoftTargets, Distill, LogitsMSE, Regression
 from whet.specs.distillation import Loss
 
 TINY = 1e-30  # a probability below is taken for this: its logarithm stays finite in float32
 _ACTIVATED = (keras.layers.Activation, keras.layers.Dense, keras.layers.Conv1D, keras.layers.Conv2D)
+_UNHEARD = (
+    "{name} of the layer {layer!r} cannot be heard inside Train with a Keras model. Make both models return the features "
+    "beside their logits and compare them in your own loop with whet.keras.layer_loss."
+)
 IGNORED = -100  # targets with this value (padding) count in no loss, as on the PyTorch side
 
 
@@ -68,6 +74,7 @@ class Teacher:
             raise ModelError(
                 f"Teacher and student share {shared[0]!r}: training would change the teacher. Pass a copy as student."
             )
+        warn_if_swapped(student.count_params(), model.count_params())
         self._model = model
         self.ends_in_softmax = ends_in_softmax(model)
 
@@ -83,7 +90,10 @@ class Teacher:
         """
         teacher = self.outputs(inputs)
         sides = (("teacher", teacher, self.ends_in_softmax), ("student", student, student_ends_in_softmax))
-        for loss in spec.loss:
+        named = next((loss for loss in spec.of_layers if loss.student is not None), None)
+        if named is not None:
+            raise ModelError(_UNHEARD.format(name=type(named).__name__, layer=named.student))
+        for loss in spec.of_outputs:
             for whose, outputs, is_softmax in sides:
                 _check_logits(loss, whose, outputs, is_softmax)
             labels, _ = labels_of(targets, student)
@@ -124,7 +134,9 @@ def distillation(
     student, teacher = wide(student), wide(teacher)
     logits = [log_probabilities(z) if is_softmax else z for z, is_softmax in zip((student, teacher), softmax, strict=True)]
     total: Any = 0.0
-    for loss in spec.loss:
+    for relation in spec.of_layers:
+        total = total + relation.weight * layer_loss(relation, student, keras.ops.stop_gradient(teacher), xp=xp)
+    for loss in spec.of_outputs:
         s, t = (student, teacher) if isinstance(loss, Regression) else logits
         total = total + loss.weight * distillation_loss(loss, s, t, labels, mask=real)
     return total

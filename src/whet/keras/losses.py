@@ -7,9 +7,10 @@ from typing import Any
 import keras
 
 from whet.keras.namespace import xp
+from whet.numerics.losses_layers import layer_loss as compare
 from whet.numerics.losses_table import logit_loss
 from whet.specs import DIST, DKD, BinarySoftTargets, LogitsMSE, Regression, SoftTargets
-from whet.specs.distillation import Loss
+from whet.specs.distillation import LayerLoss, Loss
 
 # Everywhere: student and teacher (…, classes), classes last; 16-bit outputs are computed in float32; `mask` (…) is False where
 # a row is padding and counts in no mean. The result is a scalar. No gradient flows to the teacher.
@@ -105,6 +106,18 @@ def distillation_loss(spec: Loss, student: Any, teacher: Any, labels: Any = None
     labels = None if labels is None else keras.ops.convert_to_tensor(labels)
     mask = None if mask is None else keras.ops.convert_to_tensor(mask)
     return logit_loss(spec, wide(student), wide(teacher), labels, xp=xp, real=mask)
+
+
+def layer_loss(spec: LayerLoss, student: Any, teacher: Any) -> Any:
+    """The scalar of a loss on features or relations: `Features`, `AttentionTransfer`, `RKD`, `SimilarityPreserving`, `PKT`.
+
+    Shapes: (n, positions…, channels), channels last; of two resolutions the finer is averaged to the coarser. `Features` takes
+    equal channels here: project the student's first. Layer names in `spec` are not read, its weight is not applied.
+
+    Raises:
+        ModelError: the shapes do not fit each other.
+    """
+    return compare(spec, wide(student), wide(teacher), xp=xp)
 
 
 def wide(tensor: Any) -> Any:

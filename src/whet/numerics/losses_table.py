@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -81,6 +82,17 @@ def check_shapes(spec: Loss, student: Any, teacher: Any, labels: Any) -> None:
 def looks_like_sigmoid(outputs: np.ndarray) -> bool:
     """Whether `outputs`, of one batch, are probabilities of a sigmoid: 32 values or more, all in [0, 1]."""
     return outputs.size >= 32 and bool(((outputs >= 0) & (outputs <= 1)).all())
+
+
+def warn_if_swapped(student: int, teacher: int) -> None:
+    """Warn if the student has so many more parameters than its teacher that the two may have been exchanged."""
+    if teacher and student > 3 * teacher:
+        warnings.warn(
+            f"The student has {student:,} parameters and its teacher {teacher:,}. Were the two exchanged? The first model that "
+            "is passed is trained; teacher= is the one that it learns from.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _fit(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:

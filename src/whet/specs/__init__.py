@@ -2,7 +2,20 @@
 
 from whet.specs.base import from_dict, to_dict
 from whet.specs.budget import Budget
-from whet.specs.distillation import DIST, DKD, BinarySoftTargets, Distill, LogitsMSE, Regression, SoftTargets
+from whet.specs.distillation import (
+    DIST,
+    DKD,
+    PKT,
+    RKD,
+    AttentionTransfer,
+    BinarySoftTargets,
+    Distill,
+    Features,
+    LogitsMSE,
+    Regression,
+    SimilarityPreserving,
+    SoftTargets,
+)
 from whet.specs.pruning import (
     ERK,
     NM,
@@ -74,10 +87,13 @@ __all__ = [
     "MSE",
     "NF4",
     "NM",
+    "PKT",
     "QAT",
+    "RKD",
     "TARGETS",
     "AdaRound",
     "Adaptive",
+    "AttentionTransfer",
     "BatchNormScale",
     "BiasCorrection",
     "BinarySoftTargets",
@@ -92,6 +108,7 @@ __all__ = [
     "EarlyStopping",
     "Entropy",
     "Exponential",
+    "Features",
     "Fisher",
     "Float",
     "GeometricMedian",
@@ -122,6 +139,7 @@ __all__ = [
     "Recipe",
     "Regression",
     "Scheme",
+    "SimilarityPreserving",
     "SmoothQuant",
     "SoftTargets",
     "Target",

@@ -10,12 +10,19 @@ from whet.specs.base import check_number, check_type, spec
 HIGHEST = 1e6  # of temperatures and weights
 
 
-def _check(loss: Loss) -> None:
-    """Check the weight and the temperature, if it has one."""
+def _check(loss: Loss | LayerLoss) -> None:
+    """Check the weight, and the temperature or the layers' names, if it has them."""
     name = type(loss).__name__
     check_number(f"{name}.weight", loss.weight, low=0, high=HIGHEST, open_low=True)
-    if not isinstance(loss, LogitsMSE | Regression):
+    if isinstance(loss, SoftTargets | BinarySoftTargets | DKD | DIST):
         check_number(f"{name}.temperature", loss.temperature, low=0, high=HIGHEST, open_low=True)
+    if isinstance(loss, LAYER_LOSSES):
+        needs = isinstance(loss, Features | AttentionTransfer)
+        for side, value in (("student", loss.student), ("teacher", loss.teacher)):
+            if not (isinstance(value, str) and value) and (needs or value is not None):
+                raise SpecError(f"{name}.{side} must name a layer or be a pattern of names, got {value!r}.")
+        if (loss.student is None) != (loss.teacher is None):
+            raise SpecError(f"{name} takes layers of both models or of none, got {loss.student!r} and {loss.teacher!r}.")
 
 
 @spec
@@ -112,8 +119,95 @@ class DIST:
         check_number("DIST.gamma", self.gamma, low=0, high=HIGHEST)
 
 
+@spec
+@dataclass(frozen=True, slots=True)
+class Features:
+    """`mean((r(student) - teacher)²)` between the outputs of two layers (FitNets; Romero et al. 2015, arXiv:1412.6550).
+
+    `student` and `teacher` name layers, or are patterns of names that match as many in both, paired in order. Where the
+    channels differ, `r` is a linear map of the channels, trained beside the student at `learning_rate` and thrown away.
+    """
+
+    student: str
+    teacher: str
+    _: KW_ONLY
+    weight: float = 1.0
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check(self)
+        check_number("Features.learning_rate", self.learning_rate, low=0, high=1e3, open_low=True)
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class AttentionTransfer:
+    """Where the features of two convolutional layers are strong (Zagoruyko & Komodakis 2017, arXiv:1612.03928)."""
+
+    student: str
+    teacher: str
+    _: KW_ONLY
+    weight: float = 1000.0
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class RKD:
+    """`distance · L_D + angle · L_A`: distances and angles between examples (Park et al. 2019, arXiv:1904.05068).
+
+    Without names, between the models' outputs. An angle costs n³ numbers for a batch of n.
+    """
+
+    student: str | None = None
+    teacher: str | None = None
+    _: KW_ONLY
+    distance: float = 25.0
+    angle: float = 50.0
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self)
+        for name, value in (("distance", self.distance), ("angle", self.angle)):
+            check_number(f"RKD.{name}", value, low=0, high=HIGHEST)
+        if self.distance == self.angle == 0:
+            raise SpecError("RKD.distance and RKD.angle are both 0: there is nothing to learn.")
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class SimilarityPreserving:
+    """Which examples of a batch activate a layer alike (Tung & Mori 2019, arXiv:1907.09682). Without names, the outputs."""
+
+    student: str | None = None
+    teacher: str | None = None
+    _: KW_ONLY
+    weight: float = 3000.0
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class PKT:
+    """The probabilities of an example's neighbours (Passalis & Tefas 2018, arXiv:1803.10837). Without names, of outputs."""
+
+    student: str | None = None
+    teacher: str | None = None
+    _: KW_ONLY
+    weight: float = 100.0
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
 Loss = SoftTargets | BinarySoftTargets | LogitsMSE | Regression | DKD | DIST
+LayerLoss = Features | AttentionTransfer | RKD | SimilarityPreserving | PKT
 LOGIT_LOSSES = (SoftTargets, BinarySoftTargets, LogitsMSE, Regression, DKD, DIST)
+LAYER_LOSSES = (Features, AttentionTransfer, RKD, SimilarityPreserving, PKT)
 
 
 @spec
@@ -121,7 +215,7 @@ LOGIT_LOSSES = (SoftTargets, BinarySoftTargets, LogitsMSE, Regression, DKD, DIST
 class Distill:
     """`student_weight · loss(student, targets) + (1 - student_weight) · Σ weight · distillation loss`."""
 
-    loss: tuple[Loss, ...] = (SoftTargets(),)
+    loss: tuple[Loss | LayerLoss, ...] = (SoftTargets(),)
     _: KW_ONLY
     student_weight: float = 0.1
 
@@ -130,6 +224,16 @@ class Distill:
         if not losses:
             raise SpecError("Distill.loss must name at least one distillation loss, got none.")
         for loss in losses:
-            check_type("Distill.loss", loss, *LOGIT_LOSSES)
+            check_type("Distill.loss", loss, *LOGIT_LOSSES, *LAYER_LOSSES)
         object.__setattr__(self, "loss", losses)
         check_number("Distill.student_weight", self.student_weight, low=0, high=1)
+
+    @property
+    def of_outputs(self) -> tuple[Loss, ...]:
+        """The losses on the models' outputs."""
+        return tuple(loss for loss in self.loss if isinstance(loss, LOGIT_LOSSES))
+
+    @property
+    def of_layers(self) -> tuple[LayerLoss, ...]:
+        """The losses on what layers inside the models compute, and on relations between examples."""
+        return tuple(loss for loss in self.loss if isinstance(loss, LAYER_LOSSES))

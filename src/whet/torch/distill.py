@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from whet.errors import ModelError
-from whet.numerics.losses_table import NEEDS_CLASSES, check_shapes, looks_like_sigmoid
+from whet.numerics.losses_table import NEEDS_CLASSES, check_shapes, looks_like_sigmoid, warn_if_swapped
 from whet.specs import BinarySoftTargets, Distill
+from whet.torch.features import Listener, listening
 from whet.torch.losses import distillation_loss
 from whet.torch.model import call, copy, device_of, dtype_of, evaluating, primary, to_numpy, to_tensors
 
@@ -54,15 +55,16 @@ def teaching(spec: Distill | None, teacher: Any, student: Any, device: Any) -> I
         raise ModelError(f"Teacher and student share {shared[0]!r}: training would change the teacher. Pass a copy as student.")
     if device_of(teacher) != device:
         teacher = copy(teacher).to(device)
-    with evaluating(teacher):
-        yield Teacher(spec, teacher, device)
+    warn_if_swapped(*(sum(tensor.numel() for tensor in model.parameters()) for model in (student, teacher)))
+    with evaluating(teacher), listening(spec, student, teacher) as listener:
+        yield Teacher(spec, teacher, device, listener)
 
 
 class Teacher:
     """The losses of a `Distill`. The teacher runs in inference mode without gradients, whatever mode was set since."""
 
-    def __init__(self, spec: Distill, model: Any, device: Any) -> None:
-        self._spec, self._model, self._device = spec, model, device
+    def __init__(self, spec: Distill, model: Any, device: Any, listener: Listener) -> None:
+        self._spec, self._model, self._device, self._listener = spec, model, device, listener
         self._is_checked = False
         self.logits: Any = None  # of the last batch
 
@@ -79,8 +81,10 @@ class Teacher:
         if not self._is_checked:
             self._check(student, teacher, labels)
         self.logits = teacher
-        parts = (loss.weight * distillation_loss(loss, student, teacher, labels, mask=real) for loss in self._spec.loss)
-        return sum(parts)
+        total: Any = self._listener.loss(student, teacher)
+        for loss in self._spec.of_outputs:
+            total = total + loss.weight * distillation_loss(loss, student, teacher, labels, mask=real)
+        return total
 
     def _outputs(self, inputs: Any) -> Any:
         if any(module.training for module in self._model.modules()):
@@ -89,7 +93,7 @@ class Teacher:
             return primary(call(self._model, to_tensors(inputs, self._device, dtype_of(self._model))))
 
     def _check(self, student: Any, teacher: Any, labels: Any) -> None:
-        for loss in self._spec.loss:
+        for loss in self._spec.of_outputs:
             name = type(loss).__name__
             for whose, logits in (("teacher", teacher), ("student", student)):
                 if isinstance(loss, NEEDS_CLASSES) and look_like_probabilities(logits):

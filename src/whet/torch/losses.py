@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from whet.numerics.losses_layers import layer_loss as compare
 from whet.numerics.losses_table import logit_loss
 from whet.specs import DIST, DKD, BinarySoftTargets, LogitsMSE, Regression, SoftTargets
-from whet.specs.distillation import Loss
+from whet.specs.distillation import LayerLoss, Loss
 from whet.torch.namespace import xp
 
 # Everywhere: student and teacher (…, classes), classes last; 16-bit outputs are computed in float32; `mask` (…) is False where
@@ -103,6 +104,18 @@ def distillation_loss(spec: Loss, student: Any, teacher: Any, labels: Any = None
         ModelError: the shapes do not fit, or `spec` needs labels and there are none.
     """
     return logit_loss(spec, wide(student), wide(teacher), labels, xp=xp, real=mask)
+
+
+def layer_loss(spec: LayerLoss, student: Any, teacher: Any) -> Any:
+    """The scalar of a loss on features or relations: `Features`, `AttentionTransfer`, `RKD`, `SimilarityPreserving`, `PKT`.
+
+    Shapes: (n, positions…, channels), channels last; of two resolutions the finer is averaged to the coarser. `Features` takes
+    equal channels here: project the student's first. Layer names in `spec` are not read, its weight is not applied.
+
+    Raises:
+        ModelError: the shapes do not fit each other.
+    """
+    return compare(spec, wide(student), wide(teacher), xp=xp)
 
 
 def wide(tensor: Any) -> Any:
