@@ -6,7 +6,7 @@ import pytest
 import whet
 import whet.keras
 import zoo_keras
-from whet.errors import ModelError, SpecError
+from whet.errors import SpecError
 from whet.specs import ERK, NM, Block, Channel, Prune, Random, Taylor
 
 
@@ -36,6 +36,5 @@ def test_what_is_not_there_yet_is_refused_by_name() -> None:
     model, inputs = zoo_keras.CASES["digits_cnn"]()
     with pytest.raises(SpecError, match="Taylor needs gradients"):
         whet.prune(model, Prune(0.5, criterion=Taylor()))
-    if not hasattr(whet.keras, "remove"):
-        with pytest.raises(ModelError, match=r"Channels and heads of keras models cannot be removed\. Masks need no graph"):
-            whet.prune(model, Prune(0.5, granularity=Channel()), example=inputs)
+    with pytest.raises(SpecError, match=r"Prune.rebuild='graph' is for PyTorch"):
+        whet.prune(model, Prune(0.5, granularity=Channel(), rebuild="graph"), example=inputs)

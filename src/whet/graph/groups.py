@@ -63,7 +63,12 @@ class Family:
 
 
 def layer_named(tensor: str) -> str:
-    """The layer that users name: the path of the module whose weight or bias this is, else the tensor's own name."""
+    """The layer that users name: the path of the module whose weight or bias this is, else the tensor's own name.
+
+    Keras' names are `layer path/variable`.
+    """
+    if "/" in tensor:
+        return tensor.rpartition("/")[0]
     path, _, last = tensor.rpartition(".")
     return path if path and ("weight" in last or "bias" in last) else tensor
 
@@ -261,7 +266,8 @@ def _family(
         fewer = math.prod(held.shape) - math.prod(left)
         count, size = count + fewer, size + fewer * held.itemsize
     macs = _macs_of(groups, entries.get(int(roots[0]), []))
-    name = members[0].tensor if members[0].axis == 0 else f"{members[0].tensor}[{members[0].axis}]"
+    first = members[0]
+    name = first.tensor if first.axis == groups.structure.held[first.tensor].out else f"{first.tensor}[{first.axis}]"
     return Family(name, kind, roots, members, count, size, macs, sites)
 
 

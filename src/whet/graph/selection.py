@@ -43,8 +43,10 @@ def eligible(groups: Groups, spec: Prune) -> Eligible:
         else:
             skipped.append((family.layer, reason))
     for row in groups.fixed:
-        if row.axis == 0 and len(groups.structure.held[row.tensor].shape) > 1:
-            skipped.append((row.tensor.removesuffix(".weight"), row.reason))
+        held = groups.structure.held[row.tensor]
+        if row.axis == held.out and len(held.shape) > 1:
+            layer = layer_named(row.tensor) if "/" in row.tensor else row.tensor.removesuffix(".weight")
+            skipped.append((layer, row.reason))
     return Eligible(tuple(found), tuple(dict.fromkeys(skipped)))
 
 

@@ -21,11 +21,12 @@ GROUPS = "convolution groups"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Held:
-    """A parameter or buffer: its ids, bytes for each element, and whether it is a parameter."""
+    """A parameter or buffer: its ids, bytes for each element, whether it is a parameter, and the axis of what it produces."""
 
     value: Value
     itemsize: int
     is_parameter: bool
+    out: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,10 +61,10 @@ class Structure:
     sites: list[Site] = field(default_factory=list)
     heads: list[IntArray] = field(default_factory=list)  # the head axes of attention
 
-    def hold(self, name: str, shape: Sequence[int], *, itemsize: int, is_parameter: bool) -> Value:
+    def hold(self, name: str, shape: Sequence[int], *, itemsize: int, is_parameter: bool, out: int = 0) -> Value:
         """Ids for a parameter or buffer, the same ones at every call of the same name."""
         if name not in self.held:
-            self.held[name] = Held(self.fresh(shape), itemsize, is_parameter)
+            self.held[name] = Held(self.fresh(shape), itemsize, is_parameter, out)
         return self.held[name].value
 
     def fresh(self, shape: Sequence[int], reason: str | None = None) -> Value:

@@ -103,21 +103,23 @@ def names(structure: Any) -> tuple[str, ...]:
     return tuple(ref.name for ref in refs(structure) if ref.is_float)
 
 
-def record(model: Model, lower: Lower, example: Any = None) -> Program:
+def record(model: Model, lower: Lower, example: Any = None, *, copied: Model | None = None) -> Program:
     """The calls of a copy of `model`, each rewritten by `lower(call, layer path, program)`.
 
-    A subclassed model is traced by calling a copy of it once on symbolic inputs shaped like `example`.
+    copied: a copy that is there already; the operations of the calls are its own, and compute in their own dtypes. A subclassed
+    model is traced by calling a copy of it once on symbolic inputs shaped like `example`.
 
     Raises:
         ModelError: the model cannot be copied, or a subclassed one cannot be traced.
     """
-    copied = copy(model)
+    own = copied is None
+    copied = copy(model) if own else copied
     function = _function(copied)
     if function is None:
         function = _traced(copied, example)
     paths = {id(layer): path for path, layer in walk(copied)}
     for _, layer in walk(copied):
-        if layer.compute_dtype != "float32" and "float" in layer.compute_dtype:
+        if own and layer.compute_dtype != "float32" and "float" in layer.compute_dtype:
             stored = layer.variable_dtype
             layer.dtype_policy = keras.DTypePolicy("float32") if stored == "float32" else _Wide(stored)
     inputs = [Ref(f"input:{i}", tuple(t.shape), str(t.dtype)) for i, t in enumerate(function.inputs)]
@@ -133,6 +135,20 @@ def _function(model: Model) -> Any:
     if isinstance(model, keras.Sequential):
         return model._functional
     return model if hasattr(model, "_nodes_by_depth") and _calls_graph(model) else None
+
+
+def operations(model: Model) -> dict[str, Any]:
+    """Layers and `keras.ops` operations of the model's own layer graph by path; of a model without one, its layers."""
+    found = dict(walk(model))
+    if has_graph(model):
+        program = record(model, lambda call, path, program: [call], copied=model)
+        found |= {call.node.layer: call.operation for call in program.calls}
+    return found
+
+
+def has_graph(model: Model) -> bool:
+    """Whether its layer graph is its own; a subclassed model's is drawn by calling it."""
+    return _function(model) is not None
 
 
 def _calls_graph(model: Model) -> bool:

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 
 from whet.errors import DataError, ModelError
+from whet.keras.sizes import Sizes, note, noted, resize
 from whet.keras.views import own_weights, to_numpy, walk
 
 Model = Any
@@ -82,8 +83,18 @@ def copy(model: Model) -> Model:
                 "Whet works on a copy, made from get_config(). Give each custom class a get_config() that returns the "
                 "arguments of its constructor, and let the constructor pass **kwargs on to super().__init__."
             ) from cause
+        if not _is_plain(model) and (sizes := noted(model)) is not None:
+            _resized(model, new, sizes)
     transfer(model, new)
+    note(new, noted(model))
     return new
+
+
+def _resized(model: Model, new: Model, sizes: Sizes) -> None:
+    """*In place*: a class of the user's has made its layers in the original's sizes, and numbered them anew."""
+    for (_, old_layer), (_, new_layer) in zip(walk(model), walk(new), strict=False):
+        new_layer.name = old_layer.name
+    resize(new, sizes, dict(walk(new)))
 
 
 def _clone(model: Model) -> Model:

@@ -11,7 +11,9 @@ import keras
 import numpy as np
 
 from whet.errors import ModelError, RuntimeFileError
+from whet.keras.clone import has_graph, operations
 from whet.keras.model import copy, random_state_kept, short
+from whet.keras.sizes import Sizes, note, noted, resize
 from whet.keras.views import to_numpy, walk
 from whet.specs.base import import_function
 
@@ -24,7 +26,7 @@ def save_model(model: Any, folder: Path) -> dict[str, Any]:
     What cannot be rebuilt from such a file (Lambda layers, custom classes that are not registered, a layer shared across
     nested models) is written as weights alone, and loading needs the code; the file is read back to find out. The result
     is plain: `{"file", "class": "module:name", "layers": the names of all layers in walking order, "needs_model": the
-    reason or None}`.
+    reason or None}`, and `"sizes"` where channels were removed: `whet.keras.sizes.Sizes` as plain values.
 
     Raises:
         ModelError: Keras cannot write the model.
@@ -41,7 +43,9 @@ def save_model(model: Any, folder: Path) -> dict[str, Any]:
         raise ModelError(f"The model {model.name!r} cannot be saved: {short(cause)}") from cause
     names = [layer.name for _, layer in walk(model)]
     file = MODEL if reason is None else WEIGHTS
-    return {"file": file, "class": _class(model), "layers": names, "needs_model": reason}
+    kept = {"file": file, "class": _class(model), "layers": names, "needs_model": reason}
+    sizes = noted(model)
+    return kept if sizes is None else kept | {"sizes": sizes.to_dict()}
 
 
 def _differs(model: Any, file: Path) -> str | None:
@@ -99,6 +103,8 @@ def load_model(folder: Path, kept: dict[str, Any], model: Any) -> Any:
     else:
         loaded = _build(model, kept)
         _check_layers(loaded, kept)
+        _rename(loaded, kept)
+        loaded = _resized(loaded, kept)
         try:
             loaded.load_weights(file)
         except (ValueError, KeyError) as cause:
@@ -108,10 +114,29 @@ def load_model(folder: Path, kept: dict[str, Any], model: Any) -> Any:
             ) from cause
         except (OSError, zipfile.BadZipFile) as cause:
             raise RuntimeFileError(f"Cannot read the weights {str(file)!r}: {short(cause)}") from cause
-    for (_, layer), name in zip(walk(loaded), kept["layers"], strict=False):
-        if layer.name != name:  # layers that a custom layer makes for itself are numbered anew each time
-            layer.name = name
+    _rename(loaded, kept)
+    note(loaded, _sizes(kept))
     return loaded
+
+
+def _rename(model: Any, kept: dict[str, Any]) -> None:
+    """*In place*: layers that a custom layer makes for itself are numbered anew each time."""
+    for (_, layer), name in zip(walk(model), kept["layers"], strict=False):
+        if layer.name != name:
+            layer.name = name
+
+
+def _sizes(kept: dict[str, Any]) -> Sizes | None:
+    return Sizes.from_dict(kept["sizes"]) if "sizes" in kept else None
+
+
+def _resized(model: Any, kept: dict[str, Any]) -> Any:
+    """A model of the original's sizes without what was removed before it was saved; its weights are still to be loaded."""
+    sizes = _sizes(kept)
+    if sizes is None:
+        return model
+    resize(model, sizes, operations(model))
+    return copy(model) if has_graph(model) else model
 
 
 def _rebuild(file: Path, kept: dict[str, Any]) -> Any:

@@ -1,0 +1,96 @@
+"""The coupling groups of a Keras model, read from its layer graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from whet.data import rows
+from whet.errors import ModelError
+from whet.graph.groups import Groups
+from whet.graph.ids import Value
+from whet.keras import dimensions, operations
+from whet.keras.calls import Call, Reader, reader_of
+from whet.keras.clone import Program, record, refs, substituted
+from whet.keras.model import arrange, copy, short
+
+INPUT, OUTPUT = "an input of the model", "an output of the model"
+_ROWS = 2  # a batch of one would look like a constant
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """Groups, and what was read beside them."""
+
+    groups: Groups
+    reader: Reader
+
+
+def groups(model: Any, example: Any) -> Groups:
+    """The coupling groups of `model`, whose layer graph is read with the sizes of `example`, a batch of inputs.
+
+    Raises:
+        ModelError: the model has no layer graph and cannot be traced.
+        DataError: the example does not fit the model's inputs.
+    """
+    return read_model(copy(model), example).groups
+
+
+def read_model(model: Any, example: Any) -> Reading:
+    """The groups of `model`, a private copy: calls are read from its own layers.
+
+    Raises:
+        ModelError: the model has no layer graph and cannot be traced.
+    """
+    if example is None:
+        raise ModelError("Following channels needs example=, a batch of inputs of the model.")
+    given = arrange(model, example)
+    program = record(model, lambda call, path, program: [call], given, copied=model)
+    reader = reader_of(model)
+    _read(program, reader, keras.tree.flatten(given))
+    for variable in model.weights:
+        known = reader.names.get(id(variable))
+        if known is not None and known not in reader.structure.held:
+            reader.structure.fix(reader.hold(variable), "never read by a call")
+    reader.structure.ids.solve()
+    return Reading(Groups(reader.structure, _ROWS if rows(example) else 1), reader)
+
+
+def _read(program: Program, reader: Reader, example: list[Any]) -> None:
+    structure = reader.structure
+    values: dict[str, Value] = {}
+    specs: dict[str, Any] = {}
+    for ref, array in zip(refs(program.inputs), example, strict=True):
+        shape = (_ROWS, *(int(n) if n is not None else int(m) for n, m in zip(ref.shape[1:], array.shape[1:], strict=True)))
+        specs[ref.name] = keras.KerasTensor(shape, ref.dtype)
+        values[ref.name] = structure.fresh(shape, INPUT)
+    for call in program.calls:
+        args, kwargs = substituted((call.args, call.kwargs), specs)
+        try:
+            found = call.operation.compute_output_spec(*args, **kwargs)
+        except Exception as cause:
+            raise ModelError(f"The shape of what {call.node.layer!r} makes is not known: {short(cause)}") from cause
+        made = keras.tree.flatten(found)
+        shapes = [tuple(int(n) for n in tensor.shape) for tensor in made]
+        reader.operations[call.node.layer] = call.operation
+        outputs = read(Call(reader, call, values, shapes))
+        for ref, spec, value in zip(refs(call.outputs), made, outputs, strict=True):
+            specs[ref.name], values[ref.name] = spec, value
+    for ref in refs(program.outputs):
+        structure.fix(values[ref.name], OUTPUT)
+
+
+def read(call: Call) -> list[Value]:
+    """The ids of what `call` makes: by its rule, where that gives what the call does."""
+    is_layer = isinstance(call.op, keras.Layer)
+    rule = dimensions.rule_of(call.op) if is_layer else operations.rule_of(call.op)
+    if rule is None or call.kwargs.get("training"):
+        return call.unknown()
+    try:
+        made = rule(call)
+    except (KeyError, TypeError, ValueError, IndexError):
+        return call.unknown()  # a form of the call that the rule does not know
+    listed = made if isinstance(made, list) else [made]
+    return listed if [tuple(map(len, value)) for value in listed] == call.shapes else call.unknown()

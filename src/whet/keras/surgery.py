@@ -1,0 +1,139 @@
+"""Real removal: smaller weights and attributes that say so, checked against the original with the same channels silenced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+
+from whet.data import leaves
+from whet.errors import DataError, ModelError
+from whet.graph.groups import Family, Gone
+from whet.graph.ids import IntArray
+from whet.keras.clone import has_graph
+from whet.keras.groups import Reading
+from whet.keras.model import arrange, copy, short
+from whet.keras.sizes import Sizes, named_weights, note, noted, put, write
+from whet.keras.views import to_numpy
+
+TOLERANCE = 1e-4  # of the largest output; float arithmetic in another order
+_HALF_TOLERANCE = 3e-2  # of 16-bit models
+_ROWS = 8  # of the example, that the outputs are compared on
+
+
+def refused(reading: Reading, families: tuple[Family, ...]) -> dict[str, str]:
+    """Families whose sizes are written where Whet cannot change them: by name the reason."""
+    found = {}
+    for family in families:
+        fixed = [name for name in family.sites if name not in reading.reader.writable]
+        if fixed:
+            found[family.name] = f"the model's own code fixes its size ({', '.join(fixed)})"
+    return found
+
+
+def sizes_without(reading: Reading, gone: Gone) -> Sizes:
+    """The attributes and shapes that change when these groups leave."""
+    ids, held = reading.groups.structure.ids, reading.groups.structure.held
+
+    def left(axis: IntArray) -> int:
+        return int((~gone[ids.find(axis)]).sum())
+
+    attributes: dict[str, dict[str, Any]] = {}
+    for edit in reading.reader.edits:
+        old, new = edit.value(len), edit.value(left)
+        if old != new:
+            row = attributes.setdefault(edit.path, {})
+            row[edit.attribute] = row.get(edit.attribute, {}) | new if isinstance(new, dict) else new
+    shapes = {}
+    for name, axes in reading.groups.kept(gone).items():
+        shapes[name] = tuple(len(axes[d]) if d in axes else n for d, n in enumerate(held[name].shape))
+    return Sizes(attributes, shapes)
+
+
+def removed(model: Any, reading: Reading, gone: Gone, example: Any) -> Any:
+    """`model`, which is changed, without these groups: itself or, with a layer graph of its own, a new one.
+
+    Raises:
+        ModelError: the result is not the original with these groups silenced.
+    """
+    with silenced(model, reading, gone):
+        expected = outputs(model, example)
+    sizes = sizes_without(reading, gone)
+    before, weights = noted(model), named_weights(model)
+    for name, axes in reading.groups.kept(gone).items():
+        value = to_numpy(weights[name])
+        for axis, positions in axes.items():
+            value = np.take(value, positions, axis)
+        put(weights[name], value)
+    write(reading.reader.operations, sizes.attributes)
+    # The graph of a Functional model holds shapes: it is drawn again from the layers' configurations.
+    made = copy(model) if has_graph(model) else model
+    note(made, sizes if before is None else before.then(sizes))
+    try:
+        found = outputs(made, example)
+    except DataError as cause:
+        raise ModelError(
+            f"The model does not run without these channels: {short(cause)} Name their layers in keep=."
+        ) from cause
+    worst = _difference(found, expected)
+    half = keras.backend.standardize_dtype(model.compute_dtype) in ("float16", "bfloat16")
+    if not worst <= (_HALF_TOLERANCE if half else TOLERANCE):
+        raise ModelError(
+            f"Removing these channels does not give the original with them silenced (outputs differ by {worst:.3g} of the "
+            "largest): an operation is followed wrongly (please report it). Name layers in keep= to find out which."
+        )
+    return made
+
+
+@contextmanager
+def silenced(model: Any, reading: Reading, gone: Gone) -> Iterator[None]:
+    """The original with the weights that read these groups at zero."""
+    ids, weights = reading.groups.structure.ids, named_weights(model)
+    kept: dict[str, Any] = {}
+    for name, axes in reading.groups.held_roots().items():
+        held = reading.groups.structure.held[name]
+        for d, roots in enumerate(axes):
+            at = np.flatnonzero(gone[roots] & ids.is_contracted(held.value[d]))
+            if len(at):
+                value = np.array(to_numpy(weights[name]))
+                kept.setdefault(name, value.copy())
+                value[(slice(None),) * d + (at,)] = 0
+                weights[name].assign(value)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            weights[name].assign(value)
+
+
+def outputs(model: Any, example: Any) -> list[Any]:
+    """The outputs on the first rows of `example` in inference mode, not compiled: the model's layers may just have changed.
+
+    Raises:
+        DataError: the model cannot run on it.
+    """
+    given = arrange(model, keras.tree.map_structure(lambda array: array[:_ROWS], example))
+    try:
+        made = model(keras.tree.map_structure(keras.ops.convert_to_tensor, given), training=False)
+    except Exception as cause:
+        raise DataError(f"The model {model.name!r} cannot run on the example: {short(cause)}") from cause
+    return leaves(keras.tree.map_structure(lambda tensor: to_numpy(keras.ops.stop_gradient(tensor)), made))
+
+
+def _difference(found: list[Any], expected: list[Any]) -> float:
+    """The largest difference, as a fraction of the largest output; infinite where shapes differ."""
+    worst = 0.0
+    for one, two in zip(found, expected, strict=True):
+        if one.shape != two.shape:
+            return float("inf")
+        if one.size and two.dtype.kind == "f":
+            both = ~(np.isnan(one) & np.isnan(two))
+            gap = np.abs(one.astype(np.float64) - two)[both]
+            scale = np.abs(two[np.isfinite(two)]).max(initial=0.0)
+            worst = max(worst, float(gap.max(initial=0.0)) / max(float(scale), 1e-12))
+        elif not np.array_equal(one, two):
+            return float("inf")
+    return worst
