@@ -10,7 +10,7 @@ import whet
 from bench import sqnr
 from torch_parts import Tied, seeded
 from whet import NF4, Dynamic, Float, Int, KMeans, PerGroup, Quantize
-from whet.runtimes.content import read_dtypes
+from whet.runtimes.content import read_content, read_dtypes
 from whet.runtimes.sessions import open_session
 from whet.torch import to_torchao
 
@@ -116,6 +116,7 @@ def test_int4_linear_is_a_standard_dequantize_with_our_codes(spec, tmp_path):
     assert np.array_equal(scale.T.reshape(params.scale.shape), params.scale)
     assert len(codes.raw_data) == 64 * 48 // 2
     assert read_dtypes(path)["computed"] == {"MatMulNBits": {"float32/uint8": 1}}
+    assert any("to 8 bits inside" in warning for warning in read_content(path).warnings)
     got = np.asarray(open_session(path).run(x))
     assert sqnr(result.side.predict(result.model, x), got) > 40
 

@@ -101,7 +101,14 @@ def computed(path: Path) -> list[Operation]:
 
 
 def cautions(path: Path, operations: Sequence[Operation]) -> list[str]:
-    """Whether the file computes the same on other x86 processors: where VNNI lacks, 8-bit products are added in 16 bits."""
+    """Activations that are rounded inside products of codes; and whether the file computes the same on other x86 processors:
+    where VNNI lacks, 8-bit products are added in 16 bits."""
+    products = sum(operation.op == "MatMulNBits" for operation in operations)
+    if products:
+        return [
+            f"{products} matrix products are computed on codes (MatMulNBits): ONNX Runtime rounds the activations that they "
+            "read to 8 bits inside, which the simulation does not"
+        ]
     features = cpu_features()
     if not any(operation.dtype == "uint8/int8" for operation in operations) or not _uses_all_codes(path):
         return []
