@@ -231,6 +231,7 @@ class KernelQuantizer:
 
     @kernel.setter
     def kernel(self: Any, value: Any) -> None:
+        """What Keras' own `build` assigns."""
         self._kernel = value
 
     @property
@@ -240,6 +241,7 @@ class KernelQuantizer:
 
     @bias.setter
     def bias(self: Any, value: Any) -> None:
+        """What Keras' own `build` assigns."""
         self._bias = value
 
     def save_own_variables(self: Any, store: Any) -> None:
