@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from report_samples import sample_report
 from whet.cli import app
 
-COMMANDS = ("compress", "inspect", "measure", "report", "compare", "targets")
+COMMANDS = ("compress", "inspect", "sensitivity", "measure", "report", "compare", "targets")
 
 
 def run(*arguments):

@@ -145,3 +145,17 @@ def test_code_in_a_keras_file_is_not_run(tmp_path) -> None:
     found = run("inspect", tmp_path / "model.keras")
     assert found.exit_code == 2
     assert "Lambda" in found.stderr and "job.py" in found.stderr and "safe_mode=False" not in found.stderr
+
+
+def test_sensitivity_of_a_torch_job(tmp_path) -> None:
+    pytest.importorskip("torch")
+    job, out = tmp_path / "job.py", tmp_path / "layers.json"
+    job.write_text(JOB, encoding="utf-8")
+    found = run("sensitivity", job, "--bits", "8,3", "--weights-only", "--examples", "64", "-o", out, "-q")
+    assert found.exit_code == 0, found.output
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert len(rows) == 6 and {row["bits"] for row in rows} == {8, 3} and all(row["drop"]["ci95"] for row in rows)
+    assert all(row["layer"] in found.stdout for row in rows) and "int3 per channel" in found.stdout
+    again = run("sensitivity", job, "--examples", "32", "-o", out, "-q")  # the job's own recipe, and a file that is there
+    assert again.exit_code == 2 and "overwrite" in again.output
+    assert run("sensitivity", job, "--weights-only").exit_code == 2

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from whet.errors import OutputError, SpecError, WhetError
+from whet.errors import WhetError
 
 BAD_INPUT, BUDGET_MISSED = 2, 3
 
@@ -54,6 +54,7 @@ def _whet(
     \b
     whet compress job.py -o out/             the model, the data and the metric come from job.py
     whet inspect model.keras                 layers, parameters, multiply-accumulates, bytes
+    whet sensitivity job.py --bits 8,4       what each layer alone costs when it is quantized
     whet measure out/*.onnx --data val.npz   exported files side by side
     whet report out/report.json              what was gained and what was lost
     whet compare a/report.json b/report.json reports side by side
@@ -108,13 +109,14 @@ def compress(
     Exit status: 0, or 2 for bad input, or 3 if the budget was missed (the best files are written all the same).
     """
     with _told(debug, model):
+        from whet.cli.given import amount, job_inputs, overrides, written
         from whet.pipeline.compress import compress as run
         from whet.specs import Budget
 
-        limits: Any = {name: _amount(value) for name, value in (("size", size), ("gzip", gzip), ("latency", latency))}
+        limits: Any = {name: amount(value) for name, value in (("size", size), ("gzip", gzip), ("latency", latency))}
         budget = Budget(max_drop, confidence=confidence, **limits)
-        chosen = _overrides(metric, recipe)
-        with _job_inputs(model, {"train": train, "val": val, "test": test}) as inputs:
+        chosen = overrides(metric, recipe)
+        with job_inputs(model, {"train": train, "val": val, "test": test}) as inputs:
             inputs |= chosen
             compressed = run(
                 budget=budget,
@@ -130,7 +132,7 @@ def compress(
             from whet.report.console import print_report
 
             print_report(compressed.report)
-            typer.echo(f"Written: {', '.join(str(path) for path in _written(out, compressed.report.data))}")
+            typer.echo(f"Written: {', '.join(str(path) for path in written(out, compressed.report.data))}")
         budget_record = compressed.report.data["budget"]
         if not budget_record["met"]:
             typer.echo(f"Budget missed: {'; '.join(budget_record['missed'])}.", err=True)
@@ -167,6 +169,43 @@ def inspect(
 
 
 @app.command()
+def sensitivity(
+    model: ModelArgument,
+    train: Annotated[Path | None, typer.Option(help="Data to calibrate with, .npz (with model.keras).")] = None,
+    val: Annotated[Path | None, typer.Option(help="Data to measure on, .npz.")] = None,
+    metric: Annotated[str | None, typer.Option(help="A function module:name(outputs, targets).")] = None,
+    bits: Annotated[str | None, typer.Option(help="Of weights; several with commas.", metavar="N[,N]")] = None,
+    weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave activations in float.")] = False,
+    target: Annotated[str | None, typer.Option(help="The runtime whose rules hold: see whet targets.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe whose Quantize steps are measured.")] = None,
+    examples: Annotated[int, typer.Option(help="Examples to calibrate with, and to measure on.", min=1)] = 512,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the numbers to this JSON file too.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show what each layer alone costs when it is quantized, the most sensitive first.
+
+    Every layer is switched on by itself in the simulation; its outputs are compared with the float model's, and the metric's
+    drop is measured.
+
+    \b
+    whet sensitivity job.py
+    whet sensitivity job.py --bits 8,4,3 --weights-only
+    whet sensitivity model.keras --train train.npz --val val.npz --target litert -o layers.json
+    """
+    with _told(debug, model):
+        from whet.cli.given import job_inputs, numbers, overrides
+        from whet.cli.sensing import show_sensitivity
+
+        widths = None if bits is None else numbers("--bits", bits)
+        chosen = overrides(metric, recipe)
+        with job_inputs(model, {"train": train, "val": val}) as found:
+            options: Any = {"bits": widths, "weights_only": weights_only, "target": target, "examples": examples}
+            show_sensitivity(found | chosen, **options, out=out, overwrite=overwrite, quiet=quiet)
+
+
+@app.command()
 def measure(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Exported files, or .keras.", show_default=False)],
     data: Annotated[Path, typer.Option(help="Labelled data: an .npz file, or a job.py.", show_default=False)],
@@ -190,10 +229,11 @@ def measure(
     With a job.py the data is its test(), or its val() where it has none, and the metric its metric.
     """
     with _told(debug, data):
+        from whet.cli.given import labelled, numbers
         from whet.cli.measuring import measure_files
 
-        with _labelled(data, metric) as (batches, score):
-            counts, sizes = _numbers("--threads", threads), _numbers("--batch", batch)
+        with labelled(data, metric) as (batches, score):
+            counts, sizes = numbers("--threads", threads), numbers("--batch", batch)
             measure_files(files, batches, score, what=data.name, threads=counts, batches=sizes)
 
 
@@ -298,89 +338,3 @@ def _told(debug: bool, job: Path | None = None) -> Iterator[None]:
     else:
         return
     raise typer.Exit(BAD_INPUT)
-
-
-@contextmanager
-def _job_inputs(model: Path, files: dict[str, Path | None]) -> Iterator[dict[str, Any]]:
-    """The model, data, metric and recipe as `whet.compress` takes them, from a job.py or from files."""
-    from whet.cli import inputs, jobs
-
-    given = [name for name, path in files.items() if path is not None]
-    if model.suffix == ".py":
-        if given:
-            raise SpecError(
-                f"{model.name} defines the data; --{given[0]} goes with model.keras. Leave it out, or edit the job."
-            )
-        with jobs.opened(model) as job:
-            job.check(*jobs.NEEDED)
-            found = {name: job.call(name) for name in ("model", "train", "val", "test", "example", "recipe")}
-            yield {**found, "metric": job.metric}
-        return
-    missing = [name for name in ("train", "val") if files[name] is None]
-    loadable = model.suffix == ".keras"
-    if loadable and missing:
-        raise SpecError(f"whet compress {model.name} needs data: --{' and --'.join(missing)} (.npz files).")
-    loaded = inputs.read_keras_model(model)
-    yield {"model": loaded, **{name: inputs.read_npz(path) for name, path in files.items() if path is not None}}
-
-
-def _overrides(metric: str | None, recipe: Path | None) -> dict[str, Any]:
-    """The metric and recipe named on the command line, which go before the job's own."""
-    from whet.cli.inputs import read_recipe
-
-    found: dict[str, Any] = {} if recipe is None else {"recipe": read_recipe(recipe)}
-    return found if metric is None else {**found, "metric": _function(metric)}
-
-
-@contextmanager
-def _labelled(data: Path, metric: str | None) -> Iterator[tuple[Any, Any]]:
-    """Labelled data and its metric (None: the default) from an .npz file or a job.py."""
-    from whet.cli import inputs, jobs
-
-    chosen = None if metric is None else _function(metric)
-    if data.suffix != ".py":
-        yield inputs.read_npz(data), chosen
-        return
-    with jobs.opened(data) as job:
-        batches = job.call("test")
-        yield (job.call("val") if batches is None else batches), (job.metric if chosen is None else chosen)
-
-
-def _function(name: str) -> Any:
-    """The function `module:name`, looked for in the present folder too."""
-    from whet.specs.base import import_function
-
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    return import_function(name)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    """`"1,8"` as numbers."""
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or min(found) < 1:
-        raise SpecError(f"{option} takes integers of at least 1, several with commas (1,8); got {text!r}.")
-    return found
-
-
-def _amount(text: str | None) -> float | str | None:
-    """`"0.25"` as a number, `"300 kB"` as it is."""
-    if text is None:
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _written(out: Path, data: dict[str, Any]) -> list[Path]:
-    names = (data["original"]["file"], data["compressed"]["file"], "report.json", "report.html", "history.csv", "summary.csv")
-    found = [out / name for name in names]
-    missing = [path for path in found if not path.exists()]
-    if missing:
-        raise OutputError(f"{str(missing[0])!r} should have been written and is not there.")
-    return found

@@ -76,7 +76,8 @@ class Sensitivity:
     """Every layer under every spec, each alone. Prints as a table, the most sensitive layer first.
 
     measured_on: which data, "val" or "calibration". examples: how many. metric: the record of the float model's metric, None
-    without labelled data. Class probabilities are outputs that sum to 1, or logits: the softmax of outputs whose targets are classes.
+    without labelled data. Class probabilities are outputs that sum to 1, or logits: the softmax of outputs whose targets are
+    classes.
     """
 
     specs: tuple[Quantize, ...]
