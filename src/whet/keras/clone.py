@@ -57,7 +57,8 @@ class Call:
 @dataclass(slots=True, eq=False)
 class Program:
     """A model as calls. inputs and outputs are in the model's own structure. kernels: of the copied layers, by name;
-    biases: bias name -> variable. folds: (batch norm, convolution) pairs that were folded."""
+    biases: bias name -> variable. folds: (batch norm, convolution) pairs that were folded. inner: nested models where they are called,
+    with their path and inputs."""
 
     name: str
     calls: list[Call]
@@ -67,6 +68,7 @@ class Program:
     kernels: dict[str, Kernel] = field(default_factory=dict)
     biases: dict[str, Any] = field(default_factory=dict)
     folds: list[tuple[str, str]] = field(default_factory=list)
+    inner: list[tuple[str, Model, list[Ref]]] = field(default_factory=list)
 
     @property
     def graph(self) -> Graph:
@@ -143,6 +145,7 @@ def operations(model: Model) -> dict[str, Any]:
     if has_graph(model):
         program = record(model, lambda call, path, program: [call], copied=model)
         found |= {call.node.layer: call.operation for call in program.calls}
+        found |= {path: inner for path, inner, _ in program.inner}
     return found
 
 
@@ -188,6 +191,7 @@ def _visit(function: Any, inputs: list[Ref], prefix: str, paths: dict[int, str],
                 path = paths[id(operation)] = unique(f"{prefix}{kind}", set(paths.values()))
             inner = _function(operation)
             if inner is not None:
+                program.inner.append((path, operation, refs((args, kwargs))))
                 outputs = _visit(inner, refs((args, kwargs)), f"{path}/", paths, lower, program)
             else:
                 outputs = _append(node, operation, args, kwargs, path, lower, program)

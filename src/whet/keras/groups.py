@@ -12,7 +12,7 @@ from whet.errors import ModelError
 from whet.graph.groups import Groups
 from whet.graph.ids import Value
 from whet.keras import dimensions, operations
-from whet.keras.calls import Call, Reader, reader_of
+from whet.keras.calls import Call, Count, Edit, Reader, reader_of
 from whet.keras.clone import Program, record, refs, substituted
 from whet.keras.model import arrange, copy, short
 
@@ -78,8 +78,22 @@ def _read(program: Program, reader: Reader, example: list[Any]) -> None:
         outputs = read(Call(reader, call, values, shapes))
         for ref, spec, value in zip(refs(call.outputs), made, outputs, strict=True):
             specs[ref.name], values[ref.name] = spec, value
+    for path, inner, given in program.inner:
+        reader.operations[path] = inner
+        reader.edits.append(_input_shapes(path, inner, [values[ref.name] for ref in given]))
     for ref in refs(program.outputs):
         structure.fix(values[ref.name], OUTPUT)
+
+
+def _input_shapes(path: str, inner: Any, given: list[Value]) -> Edit:
+    """The sizes that a nested model declares of its inputs."""
+    declared = [tuple(tensor.shape) for tensor in inner.inputs]
+
+    def shapes(count: Count) -> tuple[tuple[int | None, ...], ...]:
+        rows = zip(declared, given, strict=True)
+        return tuple(tuple(n if n is None else count(axis) for n, axis in zip(*row, strict=True)) for row in rows)
+
+    return Edit(path, "input_shapes", shapes)
 
 
 def read(call: Call) -> list[Value]:

@@ -118,6 +118,10 @@ def _set(operation: Any, name: str, value: Any) -> None:
             axes = {axis: value.get(str(axis), n) for axis, n in spec.axes.items()}
             operation.input_spec = keras.layers.InputSpec(ndim=spec.ndim, min_ndim=spec.min_ndim, axes=axes)
         return
+    if name == "input_shapes":  # of a nested model
+        for tensor, shape in zip(operation.inputs, value, strict=True):
+            tensor._shape = tensor._keras_history.operation._batch_shape = shape
+        return
     setattr(operation, name, value)
     if not isinstance(operation, keras.Layer):  # the configuration of an operation is what it was made with
         config = {key: item for key, item in operation.get_config().items() if key != "name"} | {name: value}
