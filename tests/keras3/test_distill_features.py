@@ -9,6 +9,7 @@ from keras_parts import dense, fitted, points
 from whet import keras as side
 from whet.data import Batches
 from whet.errors import ModelError
+from whet.numerics.losses_features import attention_transfer, hints
 from whet.numerics.losses_layers import layer_loss
 from whet.numerics.namespace import numpy_namespace
 from whet.specs import PKT, RKD, AttentionTransfer, Distill, Features, SimilarityPreserving, SoftTargets, Train
@@ -57,5 +58,68 @@ def test_relations_between_outputs_in_training():
 
 
 def test_layers_are_not_heard_and_that_is_said():
-    with pytest.raises(ModelError, match=r"Features of the layer 'hidden' cannot be heard inside Train with a Keras model"):
+    with pytest.raises(ModelError, match=r"Features of the layer 'hidden' cannot be heard .*with_features"):
         fitted(dense(), Train(epochs=1, apply=[Distill([SoftTargets(), Features("hidden", "hidden")])]), teacher=dense())
+
+
+def convolutions(width):
+    """Two convolutions, at 6×6 and 3×3, and a head."""
+    i = keras.Input((6, 6, 1), name="x")
+    h = keras.layers.Conv2D(width, 3, padding="same", activation="relu", name="conv1")(i)
+    h = keras.layers.BatchNormalization(name="bn")(h)
+    h = keras.layers.Conv2D(width, 3, padding="same", strides=2, activation="relu", name="conv2")(h)
+    return keras.Model({"x": i}, {"logits": keras.layers.Dense(3, name="head")(keras.layers.Flatten()(h))})
+
+
+def test_features_are_further_outputs_of_the_same_weights():
+    model = convolutions(4)
+    x = np.random.default_rng(0).normal(size=(5, 6, 6, 1)).astype("float32")
+    names = [layer.name for layer in model.layers]
+    heard = side.with_features(model, "conv*", "head")
+    outputs, found = heard({"x": x}, training=False)
+    assert list(found) == ["conv1", "conv2", "head"] and found["conv2"].shape == (5, 3, 3, 4)
+    np.testing.assert_array_equal(outputs["logits"], side.predict(model, {"x": x})["logits"])
+    np.testing.assert_array_equal(outputs["logits"], found["head"])
+    assert all(a is b for a, b in zip(heard.weights, model.weights, strict=True))
+    assert [layer.name for layer in model.layers] == names
+    plain, found = side.with_features(dense(), "hidden")(points(8)[0])  # a Sequential
+    assert plain.shape == (8, 3) and found["hidden"].shape[0] == 8
+
+
+def test_features_are_learned_in_a_loop_of_ones_own():
+    student, teacher = side.with_features(convolutions(4), "conv*"), side.with_features(convolutions(4), "conv*")
+    x = {"x": np.random.default_rng(0).normal(size=(32, 6, 6, 1)).astype("float32")}
+    taught, optimizer, seen = teacher(x, training=False)[1], keras.optimizers.Adam(0.01), []
+    specs = [AttentionTransfer("conv1", "conv1"), Features("conv2", "conv2")]
+    for _ in range(25):
+        with tf.GradientTape() as tape:
+            found = student(x, training=True)[1]
+            loss = sum(side.layer_loss(spec, found[spec.student], taught[spec.teacher]) for spec in specs)
+        layers = [v for name in ("conv1", "bn", "conv2") for v in student.get_layer(name).trainable_variables]
+        optimizer.apply_gradients(zip(tape.gradient(loss, layers), layers, strict=True))
+        seen.append(float(loss))
+        if len(seen) == 1:
+            a, b = ([np.asarray(part[name]) for name in ("conv1", "conv2")] for part in (found, taught))
+            wanted = attention_transfer(a[0], b[0], xp=numpy_namespace) + hints(a[1], b[1], xp=numpy_namespace)
+            assert seen[0] == pytest.approx(wanted, rel=1e-5)
+    assert seen[-1] < 0.5 * seen[0]
+
+
+def test_features_that_cannot_be_had_are_named():
+    model = convolutions(4)
+    with pytest.raises(ModelError, match=r"'conv9' matches no layer .* Its layers: conv1, bn, conv2"):
+        side.with_features(model, "conv9")
+    with pytest.raises(ModelError, match="at least one layer"):
+        side.with_features(model)
+    i = keras.Input((4,))
+    layer = keras.layers.Dense(4, name="elsewhere")
+    layer(keras.Input((4,)))
+    with pytest.raises(ModelError, match="Of elsewhere not every output is made from the inputs"):
+        side.with_features(keras.Model(i, layer(i)), "elsewhere")
+
+    class Own(keras.Model):
+        def call(self, x):
+            return x
+
+    with pytest.raises(ModelError, match="Own has no layer graph"):
+        side.with_features(Own(), "a")

@@ -3,6 +3,7 @@
 from whet.keras.callbacks import PruningCallback
 from whet.keras.convert import convert
 from whet.keras.export import export
+from whet.keras.features import with_features
 from whet.keras.groups import groups
 from whet.keras.inspect import inspect
 from whet.keras.losses import (
@@ -58,4 +59,5 @@ __all__ = [
     "train",
     "validate",
     "variants",
+    "with_features",
 ]

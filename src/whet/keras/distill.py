@@ -22,8 +22,8 @@ from whet.specs.distillation import Loss
 TINY = 1e-30  # a probability below is taken for this: its logarithm stays finite in float32
 _ACTIVATED = (keras.layers.Activation, keras.layers.Dense, keras.layers.Conv1D, keras.layers.Conv2D)
 _UNHEARD = (
-    "{name} of the layer {layer!r} cannot be heard inside Train with a Keras model. Make both models return the features "
-    "beside their logits and compare them in your own loop with whet.keras.layer_loss."
+    "{name} of the layer {layer!r} cannot be heard inside Train with a Keras model. Compare layers in your own loop: "
+    "whet.keras.with_features(model, names) returns them beside the logits, whet.keras.layer_loss compares them."
 )
 IGNORED = -100  # targets with this value (padding) count in no loss, as on the PyTorch side
 
