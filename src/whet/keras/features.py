@@ -48,8 +48,8 @@ def with_features(model: Any, *names: str) -> Any:
         )
     except ValueError as cause:
         raise ModelError(
-            f"Of {', '.join(chosen)} not every output is made from the inputs of {model.name!r}: a layer that was first called in "
-            "another model gives that one's. Choose other layers."
+            f"Of {', '.join(chosen)} not every output is made from the inputs of {model.name!r}: a layer that was first "
+            "called in another model gives that one's. Choose other layers."
         ) from cause
 
 
