@@ -42,6 +42,7 @@ from whet.specs import (
     Quantize,
     Train,
 )
+from whet.torch.fold import folded_weights
 from whet.torch.interception import interceptor_of
 from whet.torch.learned import LEAST_FACTOR, Lattice, RoundThrough, rate_of
 from whet.torch.model import call, primary, to_tensors
@@ -180,6 +181,19 @@ def test_it_begins_at_the_simulation_learns_everything_and_ends_in_the_simulatio
     assert {n: p.requires_grad for n, p in float_model.named_parameters()} == {
         n: p.requires_grad for n, p in model.named_parameters()
     }
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_folding_the_result_again_gives_the_trained_weights_to_the_last_bit(affine):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=affine), nn.BatchNorm2d(8, affine=affine), nn.ReLU()).eval()
+    x = zoo_torch.normal(16, 3, 8, 8)
+    prepared = side.prepare(model, LOW, calibration=[x], progress=False)
+    train_a_little(prepared, torch.from_numpy(x))
+    float_model, plan = side.finish(prepared)
+    folded = folded_weights(float_model, dict(plan.folds))
+    assert torch.equal(folded["0.weight"], prepared[0].weight) and torch.equal(folded["0.bias"], prepared[0].bias)
+    assert (float_model[0].bias is None) == (not affine) and prepared[0].bias.abs().min() > 0
 
 
 def test_post_training_choices_are_where_it_begins():
