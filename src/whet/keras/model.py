@@ -21,6 +21,7 @@ from whet.keras.views import own_weights, to_numpy, walk
 Model = Any
 Layer = Any
 
+_OWN = tuple(f"whet.keras.{name}" for name in ("quantize", "convert", "learned", "arithmetic", "variants"))
 _forwards: weakref.WeakKeyDictionary[Model, Callable[[Any], Any]] = weakref.WeakKeyDictionary()
 
 
@@ -38,6 +39,11 @@ def validate(model: Model) -> None:
     if not model.weights:
         raise ModelError(f"The model {model.name!r} has no weights: there is nothing to compress.")
     for path, layer in walk(model):
+        if any(kind.__module__ in _OWN for kind in type(layer).__mro__):
+            raise ModelError(
+                f"The layer {path!r} is Whet's own: this model is quantized already, or prepared for training. Pass the float "
+                "model it was made from; a prepared one becomes a result with whet.finish(model)."
+            )
         mode = getattr(layer, "quantization_mode", None)
         if mode is not None:
             raise ModelError(

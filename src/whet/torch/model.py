@@ -13,9 +13,11 @@ import numpy as np
 import torch
 
 from whet.errors import DataError, ModelError, WhetError
+from whet.torch.interception import interceptor_of
 
 _AO = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic", "torch.ao.nn.qat", "torch.ao.nn.sparse", "torch.ao.quantization")
 _QUANTIZED = (*_AO, "torchao", "bitsandbytes", "hqq", "auto_gptq", "gptqmodel", "awq", "optimum.quanto")
+_OPERATORS = ("quantized_decomposed.", "torchao.", "torch_ao.", "quantized::", "quantized.")
 _HARMLESS = ("QuantStub", "DeQuantStub", "QuantWrapper", "FloatFunctional")  # float modules that live in torch.ao
 _WRAPPED = {
     "torch.nn.parallel.data_parallel": "DataParallel: pass model.module",
@@ -45,6 +47,18 @@ def validate(model: Any) -> None:
 
 
 def _refuse_quantized(model: Any) -> None:
+    if any(interceptor_of(module) is not None for module in model.modules()):
+        raise ModelError(
+            "Whet has quantized this model already, or prepared it for training. Pass the float model it was made from; a "
+            "prepared one becomes a result with whet.finish(model)."
+        )
+    if isinstance(model, torch.fx.GraphModule):
+        for node in model.graph.nodes:
+            if str(node.target).startswith(_OPERATORS):
+                raise ModelError(
+                    f"The graph of this model calls {node.target}: it is quantized already (PT2E). Pass the float module that "
+                    "was exported."
+                )
     for path, module in model.named_modules():
         home = type(module).__module__
         if home.startswith(_QUANTIZED) and type(module).__name__ not in _HARMLESS:
