@@ -128,7 +128,7 @@ class Step:
     """One step of a recipe, as it was done.
 
     spec: the spec's plain form. changed: one mapping per changed weight, `{"name", …}` with any of "sparsity", "bits",
-    "scheme", "error_db" (SQNR of the stored weight), "parameters", "sensitivity", "histogram" (`{"edges": [low, high],
+    "scheme", "error_db" (SQNR of the stored weight), "parameters", "sensitivity", "why", "histogram" (`{"edges": [low, high],
     "before": [counts], "after": [counts]}`), "shape" and "left" (before and after channels were removed). skipped: what stayed
     as it was, and why. unmatched:
     patterns of the spec that named nothing. train: None, or `{"history": [{"epoch", "loss", "metric", "sparsity",

@@ -174,7 +174,7 @@ def sensitivity(
     train: Annotated[Path | None, typer.Option(help="Data to calibrate with, .npz (with model.keras).")] = None,
     val: Annotated[Path | None, typer.Option(help="Data to measure on, .npz.")] = None,
     metric: Annotated[str | None, typer.Option(help="A function module:name(outputs, targets).")] = None,
-    bits: Annotated[str | None, typer.Option(help="Of weights; several with commas.", metavar="N[,N]")] = None,
+    bits: Annotated[str | None, typer.Option(help="Of weights; else by the recipe, or 8,4.", metavar="N[,N]")] = None,
     weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave activations in float.")] = False,
     target: Annotated[str | None, typer.Option(help="The runtime whose rules hold: see whet targets.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe whose Quantize steps are measured.")] = None,

@@ -50,14 +50,14 @@ def show_sensitivity(
 
 
 def _specs(bits: Sequence[int] | None, recipe: Any, *, weights_only: bool) -> list[Quantize]:
-    """From --bits, or from the recipe, or int8."""
+    """From --bits, or from the recipe, or at 8 and 4 bits."""
     if bits is not None:
         return [Quantize(Int(b), None) if weights_only else Quantize(Int(b)) for b in bits]
     steps = recipe.steps if isinstance(recipe, Recipe) else tuple(recipe or ())
     wanted = [step for step in steps if isinstance(step, Quantize)]
     if wanted and weights_only:
         raise SpecError("--weights-only goes with --bits; the recipe says itself what it quantizes.")
-    return wanted or [Quantize(Int(8), None) if weights_only else Quantize()]
+    return wanted or _specs((8, 4), None, weights_only=weights_only)
 
 
 def _first(data: Any, examples: int, what: str, *, labels: bool) -> list[Any]:

@@ -36,7 +36,8 @@ class Row:
 @dataclass(frozen=True, slots=True)
 class Layer:
     """One weight over all steps; what no step said is None. error_db: SQNR of the stored weight in dB. sensitivity: what the
-    metric lost with this weight alone changed. histograms: number of a step -> the values before and after it."""
+    outputs lost with this weight's layer alone changed (KL in nats, or relative noise). histograms: number of a step -> the
+    values before and after it."""
 
     name: str
     parameters: int | None = None
