@@ -57,8 +57,8 @@ class Call:
 @dataclass(slots=True, eq=False)
 class Program:
     """A model as calls. inputs and outputs are in the model's own structure. kernels: of the copied layers, by name;
-    biases: bias name -> variable. folds: (batch norm, convolution) pairs that were folded. inner: nested models where they are called,
-    with their path and inputs."""
+    biases: bias name -> variable. folds: (batch norm, convolution) pairs that were folded. inner: nested models
+    where they are called: path, model, inputs."""
 
     name: str
     calls: list[Call]

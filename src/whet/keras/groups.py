@@ -11,7 +11,7 @@ from whet.data import rows
 from whet.errors import ModelError
 from whet.graph.groups import Groups
 from whet.graph.ids import Value
-from whet.keras import dimensions, operations
+from whet.keras import clone, dimensions, operations
 from whet.keras.calls import Call, Count, Edit, Reader, reader_of
 from whet.keras.clone import Program, record, refs, substituted
 from whet.keras.model import arrange, copy, short
@@ -67,11 +67,7 @@ def _read(program: Program, reader: Reader, example: list[Any]) -> None:
         specs[ref.name] = keras.KerasTensor(shape, ref.dtype)
         values[ref.name] = structure.fresh(shape, INPUT)
     for call in program.calls:
-        args, kwargs = substituted((call.args, call.kwargs), specs)
-        try:
-            found = call.operation.compute_output_spec(*args, **kwargs)
-        except Exception as cause:
-            raise ModelError(f"The shape of what {call.node.layer!r} makes is not known: {short(cause)}") from cause
+        found = _spec(call, *substituted((call.args, call.kwargs), specs))
         made = keras.tree.flatten(found)
         shapes = [tuple(int(n) for n in tensor.shape) for tensor in made]
         reader.operations[call.node.layer] = call.operation
@@ -83,6 +79,24 @@ def _read(program: Program, reader: Reader, example: list[Any]) -> None:
         reader.edits.append(_input_shapes(path, inner, [values[ref.name] for ref in given]))
     for ref in refs(program.outputs):
         structure.fix(values[ref.name], OUTPUT)
+
+
+def _spec(call: clone.Call, args: Any, kwargs: Any) -> Any:
+    """The shapes of what a call makes of arguments of known shapes, in their structure.
+
+    Raises:
+        ModelError: they are not known.
+    """
+    operation = call.operation
+    if type(operation).__name__ == "Reshape" and None in getattr(operation, "newshape", ()):  # traced with a batch of any size
+        operation = type(operation)(tuple(_ROWS if n is None else n for n in operation.newshape))
+    try:
+        found = operation.compute_output_spec(*args, **kwargs)
+    except Exception as cause:
+        raise ModelError(f"The shape of what {call.node.layer!r} makes is not known: {short(cause)}") from cause
+    if any(None in tensor.shape for tensor in keras.tree.flatten(found)):
+        raise ModelError(f"The shape of what {call.node.layer!r} makes is not known: it depends on the values of its inputs.")
+    return found
 
 
 def _input_shapes(path: str, inner: Any, given: list[Value]) -> Edit:
