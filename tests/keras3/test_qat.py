@@ -118,6 +118,8 @@ def test_what_was_trained_is_what_the_plan_says(name):
     float_model, plan = finish(prepared)
     assert np.mean(found**2) < np.mean(start**2)
     same_within_a_code(found, flat(predict(simulate(float_model, plan), x))[0], plan)
+    stored, again = convert(prepared), convert(float_model, plan)  # prepare, train, convert: without the plan in between
+    assert all(np.array_equal(one, other) for one, other in zip(stored.get_weights(), again.get_weights(), strict=True))
     untrained, _ = quantize(model, LOW, LITERT, calibration=Batches([x]), example=x, progress=False)
     assert all(not np.array_equal(plan.weights[n].scale, q.scale) for n, q in untrained.weights.items())
     assert any(plan.values[n].scale != q.scale for n, q in untrained.values.items())

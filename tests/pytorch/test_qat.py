@@ -193,6 +193,9 @@ def test_folding_the_result_again_gives_the_trained_weights_to_the_last_bit(affi
     float_model, plan = side.finish(prepared)
     folded = folded_weights(float_model, dict(plan.folds))
     assert torch.equal(folded["0.weight"], prepared[0].weight) and torch.equal(folded["0.bias"], prepared[0].bias)
+    stored = side.convert(prepared).state_dict()  # prepare, train, convert: without the plan in between
+    codes = torch.from_numpy(plan.encode("0.weight", folded["0.weight"].detach().numpy()))
+    assert stored["0.weight"].dtype == torch.int8 and torch.equal(stored["0.weight"].int(), codes)
     assert (float_model[0].bias is None) == (not affine) and prepared[0].bias.abs().min() > 0
 
 

@@ -16,22 +16,25 @@ from keras import ops
 from whet.graph.placement import Plan
 from whet.graph.storage import is_plain
 from whet.keras.clone import Layer, Model, Program, Tensor, assemble
+from whet.keras.qat import finish
 from whet.keras.quantize import bias_codes, inserter, planned, quantized_view, round_at_run_time
 from whet.numerics.affine import QParams, spread
 from whet.numerics.codebook import Codebook
 from whet.specs.schemes import Float
 
 
-def convert(model: Model, plan: Plan) -> Model:
+def convert(model: Model, plan: Plan | None = None) -> Model:
     """A copy of the float `model` that stores integer weights (two to eight bits in int8) and int32 biases, levels as uint8
     codes beside their tables, 8-bit floats as such.
 
     It computes in float from the stored codes, with the values of the simulation. Weights cast by the plan are stored in
-    their 16-bit type.
+    their 16-bit type. Without `plan`, `model` is one that `prepare` made.
 
     Raises:
         ModelError: the plan was made for another model.
     """
+    if plan is None:
+        model, plan = finish(model)
     program = planned(model, plan)
     layers = {name: _holder(program, name) for name in (*plan.weights, *plan.casts, *plan.biases)}
     codes = {name: kernel_codes(program, name, plan) for name in plan.weights}

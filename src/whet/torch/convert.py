@@ -23,6 +23,7 @@ from whet.torch.fold import fold_
 from whet.torch.interception import Call, Session
 from whet.torch.model import copy
 from whet.torch.operations import clamp_bounds, operation
+from whet.torch.qat import finish
 from whet.torch.quantize import ValueQuantizer, bias_codes, exact_array, float_weights, plan_tensors, replace_, simulated
 
 Tensor = Any
@@ -43,16 +44,18 @@ class Stored:
     marked: bool = False
 
 
-def convert(model: Any, plan: Plan) -> Any:
+def convert(model: Any, plan: Plan | None = None) -> Any:
     """A copy of the float `model`, in inference mode, with int8 weights and int32 biases in place of the planned ones.
 
     Codes of fewer than 8 bits are stored in int8, levels as uint8 codes beside their tables, 8-bit floats as such. Per-channel
-    scales are buffers named `weight_scale` beside their codes.
+    scales are buffers named `weight_scale` beside their codes. Without `plan`, `model` is one that `prepare` made.
 
     Raises:
         ExportError: weights or activations of more bits than integer kernels take, or a scheme that the target cannot hold.
         ModelError: the plan was made for another model.
     """
+    if plan is None:
+        model, plan = finish(model)
     refuse(plan, TARGETS.get(plan.target))
     work = copy(model).eval()
     exact = float_weights(work, plan)
