@@ -69,8 +69,13 @@ def test_channels_that_do_not_fit_have_no_owner():
 def test_cross_layer_makes_ranges_equal_and_keeps_the_function():
     arrays = layers(a=(6, 5), b=(4, 6), c=(3, 4))
     graph = Graph(
-        (node("a", "linear", "input:0"), plain("r", "relu", "a"), node("b", "linear", "r"), plain("i", "identity", "b"))
-        + (node("c", "linear", "i"),),
+        (
+            node("a", "linear", "input:0"),
+            plain("r", "relu", "a"),
+            node("b", "linear", "r"),
+            plain("i", "identity", "b"),
+            node("c", "linear", "i"),
+        ),
         ("input:0",),
         ("c",),
     )

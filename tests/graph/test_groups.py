@@ -1,5 +1,7 @@
 """Coupling groups and the choice among them, on structures written by hand."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -14,7 +16,7 @@ def chain(widths=(3, 16, 8, 4)):
     """Linear layers l0, l1, … with biases, from an input to an output, read with two examples."""
     s = Structure()
     x = s.fresh((2, widths[0]), "an input of the model")
-    for i, (before, after) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (before, after) in enumerate(itertools.pairwise(widths)):
         weight = s.hold(f"l{i}.weight", (after, before), itemsize=4, is_parameter=True)
         bias = s.hold(f"l{i}.bias", (after,), itemsize=4, is_parameter=True)
         x = s.linear(x, weight, bias, layer=f"l{i}")

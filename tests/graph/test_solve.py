@@ -50,7 +50,9 @@ def test_scales_zero_points_and_codes_of_one_layer() -> None:
         p.scale.dtype == np.float32 and p.zero_point.dtype == np.int32 for p in (*plan.weights.values(), *plan.values.values())
     )
     (row,) = solved.changed
-    assert row["name"] == "fc.weight" and row["bits"] == 8 and row["scheme"] == "int8 per channel" and row["error_db"] is None  # exact
+    assert (
+        row["name"] == "fc.weight" and row["bits"] == 8 and row["scheme"] == "int8 per channel" and row["error_db"] is None
+    )  # exact
 
 
 def test_an_all_zero_channel_gets_room_for_its_bias() -> None:

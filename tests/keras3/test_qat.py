@@ -89,9 +89,7 @@ def test_a_step_of_sgd_moves_the_scale_as_if_it_were_trained_itself():
     assert float(dead) == 2.0**-60
 
 
-@pytest.mark.parametrize(
-    "name", ["digits_cnn", "depthwise", "nested_functional", "shared_layer", "attention_layer"]
-)
+@pytest.mark.parametrize("name", ["digits_cnn", "depthwise", "nested_functional", "shared_layer", "attention_layer"])
 def test_it_begins_at_the_post_training_solution(name):
     model, x = zoo_keras.CASES[name]()
     before = model.get_weights()

@@ -26,7 +26,9 @@ def test_verbs_chain_and_leave_what_they_were_given(b):
     made = whet.quantize(taught, calibration=b.data(64)[0], **QUIET)
     assert same(before, b.frozen(pruned.model)) and pruned.masks == masks and pruned.steps == steps
     assert [next(iter(step.spec)) for step in made.steps] == ["Prune", "Train", "Train", "Quantize"]
-    assert "quantized for" in repr(made) and repr(made).endswith("; Prune → Train → Train → Quantize>") and len(repr(made)) < 200
+    assert (
+        "quantized for" in repr(made) and repr(made).endswith("; Prune → Train → Train → Quantize>") and len(repr(made)) < 200
+    )
     assert zeros(made) == zeros(pruned) == round(0.5 * 54) + round(0.5 * 288)
     assert (pruned.is_simulated, made.is_simulated) == (False, True)
     assert (pruned.target, made.target) == (None, b.target)

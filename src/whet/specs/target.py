@@ -8,7 +8,15 @@ from whet.errors import TargetError
 
 # Canonical operations, spoken by both framework readers (graph/nodes.py describes them).
 COMPUTE = frozenset({"conv", "conv_transpose", "linear"})
-WEIGHTED = COMPUTE | {"conv3d", "einsum", "embedding", "attention", "lstm", "gru", "rnn"}  # whose weights may be quantized alone
+WEIGHTED = COMPUTE | {
+    "conv3d",
+    "einsum",
+    "embedding",
+    "attention",
+    "lstm",
+    "gru",
+    "rnn",
+}  # whose weights may be quantized alone
 ALL_STORED = frozenset({"int8", "int4", "int16", "unsigned", "groups", "codebook", "float8"})
 ELEMENTWISE = frozenset({"relu", "relu6", "clamp"})
 SHARED = frozenset({"max_pool", "reshape", "flatten", "transpose", "identity"})
