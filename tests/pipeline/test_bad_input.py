@@ -210,6 +210,7 @@ TABLE = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:The student has")  # the teacher of other classes is small, too
 @pytest.mark.parametrize("bad", TABLE, ids=lambda bad: bad.name)
 def test_it_is_refused_in_one_sentence_and_nothing_has_happened(b, bad, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
