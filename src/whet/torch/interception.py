@@ -14,6 +14,7 @@ import dataclasses
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -296,6 +297,17 @@ def interceptor_of(model: Any) -> Interceptor | None:
     """The interceptor attached to `model`, if any."""
     hooks = (hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _Enter))
     return next((hook.interceptor for hook in hooks), None)
+
+
+@contextmanager
+def contained() -> Iterator[None]:
+    """Sessions opened inside end with it: a trace that fails (torch.export's) may pass over the hooks that close them."""
+    before = set(_sessions())
+    try:
+        yield
+    finally:
+        for key in reversed([key for key in _sessions() if key not in before]):
+            _sessions().pop(key).__exit__(None, None, None)
 
 
 def _sessions() -> dict[int, Session]:

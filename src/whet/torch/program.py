@@ -16,7 +16,7 @@ from whet.errors import ExportError, WhetError
 from whet.graph.placement import Plan
 from whet.specs import Quantize, Target
 from whet.torch.convert import Converter, convert
-from whet.torch.interception import interceptor_of, map_tensors, tensors_in
+from whet.torch.interception import contained, interceptor_of, map_tensors, tensors_in
 from whet.torch.model import copy, describe
 
 BATCH_AXIS = "batch"
@@ -70,7 +70,7 @@ def trace_program(model: Any, inputs: Any, dynamic: Any, *, largest: int | None 
     args, kwargs = arguments(inputs)
     try:
         shapes = dynamic_shapes(inputs, dynamic, largest)
-        with quietly(), torch.no_grad():
+        with quietly(), contained(), torch.no_grad():
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except WhetError:
         raise
