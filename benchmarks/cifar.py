@@ -27,12 +27,16 @@ def folder() -> Path:
 
 
 def images(split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first `count` images of "train" or "test" as (n, 3, 32, 32) float32, normalized, and their labels."""
+    """`count` images of "train" or "test" as (n, 3, 32, 32) float32, normalized, and their labels.
+
+    In a random order, the same every time: the files are sorted by class, and their first thousands are all of one.
+    """
     stored = np.load(folder() / f"{split}_jpeg_bytes.npz")
     blob, offset, decode = stored["blob"], stored["offset"], _decoder()
-    pixels = np.stack([decode(blob[offset[i] : offset[i + 1]].tobytes()) for i in range(count)])
+    chosen = np.random.default_rng(0).permutation(len(stored["y"]))[:count]
+    pixels = np.stack([decode(blob[offset[i] : offset[i + 1]].tobytes()) for i in chosen])
     scaled = (pixels / np.float32(255) - MEAN) / STD
-    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2), np.float32), stored["y"][:count].astype(np.int64)
+    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2), np.float32), stored["y"][chosen].astype(np.int64)
 
 
 def _decoder() -> Callable[[bytes], np.ndarray]:
