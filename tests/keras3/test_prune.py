@@ -78,7 +78,7 @@ def test_a_schedule_needs_training():
 
 
 def test_a_mask_of_another_model_is_refused():
-    with pytest.raises(ModelError, match=r"mask of shape \(2, 2\) is for 'hidden/kernel'"):
+    with pytest.raises(ModelError, match=r"mask of shape \(2, 2\) for 'hidden/kernel'"):
         prune(dense(), Prune(0.5), masks={"hidden/kernel": np.ones((2, 2))})
 
 
