@@ -263,7 +263,7 @@ REFUSED = [
     (lambda: Prune(True), "must be a number"),
     (lambda: Prune("5e-1"), r"got '5e-1'. That is text; YAML needs a dot and a sign in the exponent: 0.5"),
     (lambda: Prune("half"), r"got 'half'\.$"),
-    (lambda: Prune(0.5, schedule="cubic"), "Prune.schedule must be one of: OneShot, Linear, Cubic, Cosine, Exponential, Iterative; got 'cubic'"),
+    (lambda: Prune(0.5, schedule="cubic"), "Prune.schedule must be one of: OneShot, Linear, Cubic, Cosine, Exponential, Iterative, RigL; got 'cubic'"),
     (lambda: Prune(0.5, schedule=Cubic), "Prune.schedule must be one of"),
     (lambda: Prune(0.5, keep=3), "Prune.keep must be a tuple of layer names"),
     (lambda: Prune(0.3, schedule=Cubic(initial=0.5)), "Cubic.initial must be at most sparsity=0.3, got 0.5"),

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from whet.errors import SpecError
 from whet.numerics.namespace import Array, Namespace
-from whet.specs.pruning import Fisher, Magnitude, Taylor, UserCriterion
+from whet.specs.criteria import Fisher, Magnitude, Taylor, UserCriterion
 
 Floats = npt.NDArray[np.float64]
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any
 
 from whet.errors import SpecError
 from whet.specs.base import check_integer, check_number, check_type, name_patterns, spec
+from whet.specs.criteria import CHANNELS_ONLY, CRITERIA, Criterion, Magnitude, SparseGPT
 
 # --- what is removed
 
@@ -57,84 +56,6 @@ class Head:
 
 
 MASKED, REMOVED = (Weight, NM, Block), (Channel, Head)
-
-# --- which go first
-
-
-@spec
-@dataclass(frozen=True, slots=True)
-class Magnitude:
-    """The smallest absolute values go first (Han et al. 2015, arXiv:1506.02626). Channels: the smallest Lp norm."""
-
-    _: KW_ONLY
-    p: int = 2
-
-    def __post_init__(self) -> None:
-        check_integer("Magnitude.p", self.p, low=1, high=2)
-
-
-@spec
-@dataclass(frozen=True, slots=True)
-class Random:
-    """Drawn by chance: the baseline that every criterion must beat."""
-
-    _: KW_ONLY
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_integer("Random.seed", self.seed, low=0)
-
-
-@spec
-@dataclass(frozen=True, slots=True)
-class BatchNormScale:
-    """Channels with the smallest batch-norm scale go first (Liu et al. 2017, arXiv:1708.06519)."""
-
-
-@spec
-@dataclass(frozen=True, slots=True)
-class GeometricMedian:
-    """Filters nearest to all others go first: these can replace them (He et al. 2019, arXiv:1811.00250)."""
-
-
-@spec
-@dataclass(frozen=True, slots=True)
-class Taylor:
-    """`|w · ∂L/∂w|`, the first-order change of the loss (Molchanov et al. 2019, arXiv:1906.10771). Needs data."""
-
-    _: KW_ONLY
-    batches: int = 8
-
-    def __post_init__(self) -> None:
-        check_integer("Taylor.batches", self.batches, low=1)
-
-
-@spec
-@dataclass(frozen=True, slots=True)
-class Fisher:
-    """`½ w² E[(∂L/∂w)²]`, the diagonal second-order change of the loss (LeCun et al. 1989, OBD). Needs data."""
-
-    _: KW_ONLY
-    batches: int = 8
-
-    def __post_init__(self) -> None:
-        check_integer("Fisher.batches", self.batches, low=1)
-
-
-@spec
-@dataclass(frozen=True, slots=True)
-class UserCriterion:
-    """`fn(weight, gradient)` returns an importance for each weight, of its shape; `gradient` is None without data."""
-
-    fn: Callable[..., Any]
-
-    def __post_init__(self) -> None:
-        if not callable(self.fn):
-            raise SpecError(f"UserCriterion.fn must be a function of (weight, gradient), got {self.fn!r}.")
-
-
-Criterion = Magnitude | Random | BatchNormScale | GeometricMedian | Taylor | Fisher | UserCriterion
-_CRITERIA = (Magnitude, Random, BatchNormScale, GeometricMedian, Taylor, Fisher, UserCriterion)
 
 # --- how much where
 
@@ -232,7 +153,28 @@ class Iterative(Ramped):
         check_integer("Iterative.rounds", self.rounds, low=1)
 
 
-Schedule = OneShot | Linear | Cubic | Cosine | Exponential | Iterative
+@spec
+@dataclass(frozen=True, slots=True)
+class RigL:
+    """The whole sparsity at once, then masks move: the smallest weights go, as many grow (Evci et al. 2020, arXiv:1911.11134).
+
+    Every `frequency` steps until `end`, a fraction of the training steps, `fraction/2 · (1 + cos(π t / end))` of the weights
+    of each layer go, and those grow, from zero, whose gradient is largest. The paper begins with `criterion=Random()` and
+    `allocation=ERK()`.
+    """
+
+    _: KW_ONLY
+    fraction: float = 0.3
+    frequency: int = 100
+    end: float = 0.75
+
+    def __post_init__(self) -> None:
+        check_number("RigL.fraction", self.fraction, low=0, high=1, open_low=True)
+        check_integer("RigL.frequency", self.frequency, low=1)
+        check_number("RigL.end", self.end, low=0, high=1, open_low=True)
+
+
+Schedule = OneShot | Linear | Cubic | Cosine | Exponential | Iterative | RigL
 
 
 @spec
@@ -265,9 +207,9 @@ class Prune:
     def __post_init__(self) -> None:
         self._check_amount()
         check_type("Prune.granularity", self.granularity, *MASKED, *REMOVED)
-        check_type("Prune.criterion", self.criterion, *_CRITERIA)
+        check_type("Prune.criterion", self.criterion, *CRITERIA)
         check_type("Prune.allocation", self.allocation, Uniform, Global, ERK, Isomorphic)
-        check_type("Prune.schedule", self.schedule, OneShot, Linear, Cubic, Cosine, Exponential, Iterative)
+        check_type("Prune.schedule", self.schedule, OneShot, Linear, Cubic, Cosine, Exponential, Iterative, RigL)
         check_integer("Prune.round_to", self.round_to, low=1)
         object.__setattr__(self, "keep", name_patterns("Prune.keep", self.keep))
         if self.include is not None:
@@ -313,12 +255,28 @@ class Prune:
                 "Channel() and Head() are removed at once: leave schedule= out, then train what is left; "
                 "Recipe([Prune(…), Train(…)])."
             )
-        if not removes and isinstance(self.criterion, BatchNormScale | GeometricMedian):
+        if not removes and isinstance(self.criterion, CHANNELS_ONLY):
             raise SpecError(
                 f"{type(self.criterion).__name__} ranks channels: write granularity=Channel(), or take Magnitude()."
             )
+        if isinstance(self.criterion, SparseGPT):
+            self._check_sparsegpt()
+        if isinstance(self.schedule, RigL) and not isinstance(self.granularity, Weight):
+            raise SpecError(f"RigL moves single weights: leave granularity=Weight(), got {self.granularity!r}.")
         if self.rebuild is not None and not removes:
             raise SpecError("Prune.rebuild is for Channel() and Head(); masks change no code.")
+
+    def _check_sparsegpt(self) -> None:
+        """Layer by layer, at once."""
+        if not isinstance(self.granularity, Weight | NM):
+            raise SpecError(
+                f"SparseGPT sets single weights to zero and changes the others; {type(self.granularity).__name__}() takes "
+                "OBS(), which ranks by the same loss."
+            )
+        if isinstance(self.allocation, Global):
+            raise SpecError("SparseGPT goes layer by layer and compares no two: take allocation=Uniform() or ERK().")
+        if not isinstance(self.schedule, OneShot):
+            raise SpecError("SparseGPT prunes at once, after training: leave schedule= out, or ramp with OBS().")
 
     @property
     def fraction(self) -> float:
