@@ -1,0 +1,166 @@
+"""Tables of measurements: printed as they grow, kept in a run record, and put into documents from there.
+
+    python benchmarks/tables.py out/quantization.json --into docs/quantization.md
+
+writes every table of the record between its two comments in the document (`<!-- bench-uniform -->`, `<!-- /bench-uniform -->`), with
+the machine and the command that made it; tables for which the document has no place are passed over, and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from whet.files import replacing
+from whet.numerics.statistics import wilson
+from whet.report.markdown import update_between
+from whet.runtimes.environment import environment
+
+BUSY = 1.3  # runnable processes per core, more than which makes times doubtful
+
+
+@dataclass
+class Table:
+    """A table with its conditions. columns: the first is the row's name. notes: below the table. command: what makes it."""
+
+    name: str
+    title: str
+    columns: Sequence[str]
+    command: str
+    rows: list[list[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    made: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.made:
+            found = environment()
+            self.made = {key: found[key] for key in ("cpu", "os", "cores")} | {"packages": found["packages"], "load": _load()}
+            print(f"\n{self.title}\n\n{_line(self.columns)}\n|{'---|' * len(self.columns)}", flush=True)
+
+    def add(self, *cells: Any) -> None:
+        """Add a row and print it."""
+        self.rows.append([str(cell) for cell in cells])
+        self.made["load"] = max(self.made["load"], _load())
+        print(_line(self.rows[-1]), flush=True)
+
+    def note(self, text: str) -> None:
+        """Add a sentence below the table and print it."""
+        self.notes.append(text)
+        print(f"\n{text}", flush=True)
+
+    def markdown(self) -> str:
+        """The table, its notes, and a line that says where and how it was made."""
+        busy = self.made["load"] > BUSY * self.made["cores"]
+        where = f"{self.made['cpu']}, {self.made['cores']} cores"
+        where += f", busy with other work (load {self.made['load']:.0f}): times are too long" if busy else ""
+        lines = [_line(self.columns), f"|{'---|' * len(self.columns)}", *map(_line, self.rows)]
+        told = f"{self.title}. {' '.join(self.notes)}".strip()
+        return "\n".join([*lines, "", f"{told} Made by `{self.command}` on {where}."])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _load() -> float:
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def top1(right: int, total: int) -> str:
+    """Per cent with two decimals and its 95 % interval (Wilson)."""
+    low, high = wilson(right, total)
+    return f"{100 * right / total:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
+
+
+def against(value: float, bar: float, *, most: bool = False, unit: str = "") -> str:
+    """What was to be reached and whether it was. most: the bar is an upper end."""
+    reached = value <= bar if most else value >= bar
+    return f"{'≤' if most else '≥'} {bar:g}{unit}: {'reached' if reached else '**missed**'}"
+
+
+class Clock:
+    """Seconds since it was made: of the wall, and of this process' processors."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[str, str]:
+        """Both, as cells."""
+        return f"{time.perf_counter() - self.wall:.1f}", f"{time.process_time() - self.cpu:.1f}"
+
+
+# ------------------------------------------------------------------ records
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """The options that every section has."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--quick", action="store_true", help="a small part of everything, to see that it runs")
+    made.add_argument("--record", type=Path, help="also put the tables into this JSON file")
+    return made
+
+
+def keep(tables: Sequence[Table], path: Path | None) -> None:
+    """Put `tables` into the record at `path`, in place of those of the same names."""
+    if path is None:
+        return
+    found = {table.name: table for table in read(path)} if path.exists() else {}
+    found |= {table.name: table for table in tables}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, overwrite=True) as temporary:
+        temporary.write_text(json.dumps([asdict(table) for table in found.values()], indent=1), encoding="utf-8")
+
+
+def read(path: Path) -> list[Table]:
+    """The tables of a record."""
+    return [Table(**item) for item in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def printed(name: str, title: str, command: list[str], shown: str) -> tuple[int, str]:
+    """Run a program that prints its own text, show the text as it comes, and give its exit status and the text."""
+    print(f"\n{title}: {shown}\n", flush=True)
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
+            lines.append(line)
+            print(line, end="", flush=True)
+    return process.returncode, "".join(lines)
+
+
+def into(record: Path, document: Path) -> int:
+    """Write the record's tables into the document; how many had a place there."""
+    text = document.read_text(encoding="utf-8")
+    wanted = set(re.findall(r"<!-- bench-([A-Za-z0-9_.-]+) -->", text))
+    tables = {table.name: table for table in read(record)}
+    for name, table in tables.items():
+        if name in wanted:
+            update_between(document, f"bench-{name}", table.markdown())
+        else:
+            print(f"{document} has no place <!-- bench-{name} --> for {table.title!r}.")
+    for name in sorted(wanted - tables.keys()):
+        print(f"{record} has no table {name!r}, which {document} has a place for: left as it was.")
+    return len(wanted & tables.keys())
+
+
+def main() -> int:
+    """Put a record's tables into a document."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("record", type=Path)
+    options.add_argument("--into", type=Path, required=True)
+    given = options.parse_args()
+    written = into(given.record, given.into)
+    print(f"{written} tables written into {given.into}.")
+    return 0 if written else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
