@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,22 +32,35 @@ def own_changes(model: Any, groups: Groups, gone: Gone) -> list[Change]:
     """Attributes of torch's own layers whose tensors have become smaller."""
     changes = []
     kept, held = groups.kept(gone), groups.structure.held
-    first = _first_names(model)
+    first = first_names(model)
     for path, module in model.named_modules():
-
-        def left(key: str, path: str = path, module: Any = module) -> dict[int, IntArray]:
-            tensor = getattr(module, key, None)
-            return {} if tensor is None else kept.get(first.get(f"{path}.{key}" if path else key, ""), {})
-
-        if any(left(key) for key in (*module._parameters, *module._buffers)):
-            name = first.get(f"{path}.weight" if path else "weight", "")
-            shape = held[name].shape if name in held else ()
-            new = _attributes(module, path, left, shape)
-            changes += [Change(module, path, key, value) for key, value in new.items() if vars(module).get(key) != value]
+        name = first.get(f"{path}.weight" if path else "weight", "")
+        new = layer_attributes(module, path, kept, first, held[name].shape if name in held else ())
+        changes += [Change(module, path, key, value) for key, value in new.items() if vars(module).get(key) != value]
     return changes
 
 
-def _first_names(model: Any) -> dict[str, str]:
+def layer_attributes(
+    module: Any, path: str, kept: Mapping[str, Mapping[int, IntArray]], first: Mapping[str, str], shape: tuple[int, ...]
+) -> dict[str, Any]:
+    """What the attributes of a layer of torch's own are that has lost positions; nothing of one that has not.
+
+    module: it holds the smaller tensors already. kept: the positions that are left, under the `first` names of the tensors.
+    shape: of its weight before.
+
+    Raises:
+        ModelError: its groups would keep different numbers of channels.
+    """
+
+    def left(key: str) -> Mapping[int, IntArray]:
+        tensor = getattr(module, key, None)
+        return {} if tensor is None else kept.get(first.get(f"{path}.{key}" if path else key, ""), {})
+
+    lost = any(left(key) for key in (*module._parameters, *module._buffers))
+    return _attributes(module, path, left, shape) if lost else {}
+
+
+def first_names(model: Any) -> dict[str, str]:
     """For every name of a tensor the first of its names, under which groups hold it."""
     first: dict[int, str] = {}
     names = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]

@@ -71,11 +71,21 @@ def trace_program(model: Any, inputs: Any, dynamic: Any, *, largest: int | None 
     try:
         shapes = dynamic_shapes(inputs, dynamic, largest)
         with quietly(), contained(), torch.no_grad():
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            return torch.export.export(_called(model), args, kwargs, dynamic_shapes=shapes, strict=False)
     except WhetError:
         raise
     except Exception as cause:
         raise ExportError(_why_not_traced(model, inputs, cause)) from cause
+
+
+def _called(model: Any) -> Any:
+    """`model` as torch.export must be given it: of a GraphModule it runs the graph alone, and would pass over our hooks."""
+    if not isinstance(model, torch.fx.GraphModule):
+        return model
+    made: Any = type(type(model).__name__, (torch.nn.Module,), {"forward": type(model).forward})
+    shell = made.__new__(made)
+    shell.__dict__ = model.__dict__  # the same modules, tensors and hooks
+    return shell
 
 
 def _why_not_traced(model: Any, inputs: Any, cause: Exception) -> str:

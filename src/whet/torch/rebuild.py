@@ -1,12 +1,15 @@
 """A smaller model as a graph of its operations, for models whose own code fixes sizes (`Prune(rebuild="graph")`).
 
-The result is a `torch.fx.GraphModule` of the forward pass in inference mode: batch norms use their statistics and dropout does
-nothing, also in training. Parameters keep their names. It trains further, takes masks, saves, loads and exports in float; its
-operations are torch's inner ones, which quantization does not know (`whet.quantize` names them).
+The result is a `torch.fx.GraphModule` of the forward pass: the layers are the model's own, parameters keep their names, and
+what the model's code did between them is calls of torch's functions. Batch norms and dropouts follow `.train()` and `.eval()`;
+it takes masks, quantizes, saves, loads and exports like any model. What the code decided while it was traced (in inference
+mode, on a batch like the example) is fixed in it.
 """
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,9 +22,23 @@ from whet.graph.ids import IntArray
 from whet.graph.structure import Site
 from whet.torch.calls import shapes
 from whet.torch.groups import Reading, read_model
+from whet.torch.rebuild_layers import arguments, ordinary
 from whet.torch.surgery import GRAPH, SIZES, holders, note, noted, resize, sliced
 
 Sizes = list[int]
+
+
+class RebuiltModel(torch.fx.GraphModule):  # type: ignore[misc]  # torch is Any to the type checker
+    """A graph that is copied with its hooks and attributes, which a GraphModule would lose."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own, of the graph's argument trees
+            made = super().__deepcopy__(memo)
+            for name, value in vars(self).items():
+                if name not in ("_graph", "_modules", "_parameters", "_buffers"):
+                    made.__dict__[name] = copy.deepcopy(value, memo)
+        return made
 
 
 def rebuilt(model: Any, reading: Reading, kept: Mapping[str, Mapping[int, IntArray]], sizes: Mapping[str, Sizes]) -> Any:
@@ -33,7 +50,7 @@ def rebuilt(model: Any, reading: Reading, kept: Mapping[str, Mapping[int, IntArr
         ModelError: a size is written into an operation that is not known here.
     """
     traced = reading.program.module(check_guards=False)
-    graph = torch.fx.GraphModule(traced, traced.graph)
+    graph = RebuiltModel(traced, traced.graph)
     places = holders(graph)
     for name, axes in kept.items():
         if name in places:
@@ -46,7 +63,7 @@ def rebuilt(model: Any, reading: Reading, kept: Mapping[str, Mapping[int, IntArr
     for node in graph.graph.nodes:
         if node.name in sizes:
             _rewrite(node, sizes[node.name])
-    graph.recompile()
+    ordinary(graph, model, kept, sizes)
     graph.training = model.training
     return graph
 
@@ -59,11 +76,6 @@ def new_sizes(groups: Groups, gone: Gone) -> dict[str, Sizes]:
         return [int((~gone[ids.find(piece)]).sum()) for piece in site.pieces]
 
     return {site.name: left(site) for site in groups.structure.sites if left(site) != [len(piece) for piece in site.pieces]}
-
-
-def _arguments(node: Any) -> dict[str, Any]:
-    schema = node.target._schema
-    return {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)} | dict(node.kwargs)
 
 
 def _set(node: Any, name: str, value: Any) -> None:
@@ -79,7 +91,7 @@ def _rewrite(node: Any, sizes: Sizes) -> None:
     op = node.target._schema.name.split("::")[-1]
     if op not in _REWRITES:
         raise ModelError(f"The sizes of {op} cannot be rewritten. Name the layers around it in keep=.")
-    _REWRITES[op](node, sizes, _arguments(node))
+    _REWRITES[op](node, sizes, arguments(node))
 
 
 def _shape(name: str) -> Callable[[Any, Sizes, dict[str, Any]], None]:
