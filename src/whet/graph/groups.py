@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,6 +148,11 @@ class Groups:
                 count = math.prod(int((~gone[axis]).sum()) for axis in axes)
                 parameters, size = parameters + count, size + count * held.itemsize
         return Size(macs // self._rows, parameters, size)
+
+    def macs_of(self, chosen: Callable[[str], bool]) -> int:
+        """Multiply-accumulates of one example in the layers whose names are `chosen`."""
+        costs = (cost for cost, _ in self._costs if chosen(cost.layer))
+        return sum(cost.constant * math.prod(map(len, cost.dims)) for cost in costs) // self._rows
 
     def to_dict(self) -> dict[str, Any]:
         """Families and fixed axes in plain values."""

@@ -14,7 +14,7 @@ from whet.graph.groups import Family, Gone, Groups, layer_named
 from whet.graph.placement import selected
 from whet.numerics.allocation import ranked_counts, ranked_within, round_kept, uniform_counts
 from whet.numerics.criteria import normalised
-from whet.specs.pruning import Global, Head, Isomorphic, Prune
+from whet.specs import Global, Head, Isomorphic, Prune
 
 Floats = npt.NDArray[np.float64]
 _STEPS = 30  # halvings of the fraction when a budget is met

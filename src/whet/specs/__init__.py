@@ -1,6 +1,7 @@
 """Specs: WHAT to do, as frozen dataclasses without arrays or framework types."""
 
 from whet.specs.base import from_dict, to_dict
+from whet.specs.blocks import BlockInfluence, LossChange, OutputChange
 from whet.specs.budget import Budget
 from whet.specs.criteria import (
     OBS,
@@ -31,16 +32,14 @@ from whet.specs.distillation import (
     SimilarityPreserving,
     SoftTargets,
 )
+from whet.specs.granularity import NM, Block, Channel, Group, Head, Layer, Weight
 from whet.specs.pruning import (
     ERK,
-    NM,
-    Block,
-    Channel,
+    BySensitivity,
     Cosine,
     Cubic,
     Exponential,
     Global,
-    Head,
     Isomorphic,
     Iterative,
     Linear,
@@ -48,7 +47,6 @@ from whet.specs.pruning import (
     Prune,
     RigL,
     Uniform,
-    Weight,
 )
 from whet.specs.quantization import (
     AWQ,
@@ -110,7 +108,9 @@ __all__ = [
     "BiasCorrection",
     "BinarySoftTargets",
     "Block",
+    "BlockInfluence",
     "Budget",
+    "BySensitivity",
     "Channel",
     "Cosine",
     "CrossLayer",
@@ -126,13 +126,16 @@ __all__ = [
     "GeometricMedian",
     "Global",
     "Granularity",
+    "Group",
     "Head",
     "Int",
     "Isomorphic",
     "Iterative",
     "KMeans",
+    "Layer",
     "Linear",
     "LogitsMSE",
+    "LossChange",
     "Magnitude",
     "Metric",
     "MinMax",
@@ -140,6 +143,7 @@ __all__ = [
     "MovingAverage",
     "Nearest",
     "OneShot",
+    "OutputChange",
     "PerChannel",
     "PerGroup",
     "PerTensor",

@@ -58,6 +58,24 @@ class Budget:
         return float(value) * original
 
 
+def check_latency(owner: str, value: Any) -> None:
+    """Raise `SpecError` unless `value` is a fraction of the original's time below 1, or a text as "2 ms"."""
+    if isinstance(value, str):
+        parse_quantity(owner, value, _TIME_UNITS)
+        return
+    try:
+        check_number(owner, value, low=0, high=1, open_low=True, open_high=True)
+    except SpecError as cause:
+        raise SpecError(
+            f"{cause} It is a fraction of the original's time; an absolute limit is written as text: '2 ms'."
+        ) from None
+
+
+def latency_limit(value: float | str, original_ms: float) -> float:
+    """A latency budget in milliseconds."""
+    return parse_quantity("latency", value, _TIME_UNITS) if isinstance(value, str) else float(value) * original_ms
+
+
 def _check_fraction(name: str, value: Any) -> None:
     try:
         check_number(f"Budget.{name} as a fraction of the original", value, low=0, high=10, open_low=True)

@@ -6,56 +6,10 @@ from dataclasses import KW_ONLY, dataclass, field
 
 from whet.errors import SpecError
 from whet.specs.base import check_integer, check_number, check_type, name_patterns, spec
+from whet.specs.blocks import BLOCK_CRITERIA, BlockInfluence, LossChange, OutputChange
+from whet.specs.budget import check_latency
 from whet.specs.criteria import CHANNELS_ONLY, CRITERIA, Criterion, Magnitude, SparseGPT
-
-# --- what is removed
-
-
-@spec
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """Single weights are removed (unstructured)."""
-
-
-@spec
-@dataclass(frozen=True, slots=True)
-class NM:
-    """Of every `m` weights in a row along the input axis, `n` are kept (Mishra et al. 2021, arXiv:2104.08378)."""
-
-    n: int = 2
-    m: int = 4
-
-    def __post_init__(self) -> None:
-        check_integer("NM.m", self.m, low=2, high=64)
-        check_integer("NM.n", self.n, low=1, high=self.m - 1)
-
-
-@spec
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Blocks of `rows` (outputs) × `columns` (inputs) weights are removed together."""
-
-    rows: int = 4
-    columns: int = 1
-
-    def __post_init__(self) -> None:
-        check_integer("Block.rows", self.rows, low=1)
-        check_integer("Block.columns", self.columns, low=1)
-
-
-@spec
-@dataclass(frozen=True, slots=True)
-class Channel:
-    """Whole channels, neurons and features leave: tensors become smaller."""
-
-
-@spec
-@dataclass(frozen=True, slots=True)
-class Head:
-    """Whole attention heads leave: tensors become smaller."""
-
-
-MASKED, REMOVED = (Weight, NM, Block), (Channel, Head)
+from whet.specs.granularity import MASKED, NM, REMOVED, Granularity, Group, Layer, Weight
 
 # --- how much where
 
@@ -82,6 +36,26 @@ class ERK:
 @dataclass(frozen=True, slots=True)
 class Isomorphic:
     """Channels are ranked together with those of layers built alike (Fang et al. 2024, arXiv:2407.04616)."""
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class BySensitivity:
+    """Layers lose as much as they bear: each alone is tried at several sparsities, and the least sum of damages is taken.
+
+    The damage is `Σ (r - a)² / Σ r²` of the model's outputs on the first `batches` of the data, which needs no targets. trials:
+    how many sparsities between 0 and `most` each layer is tried at.
+    """
+
+    _: KW_ONLY
+    batches: int = 2
+    trials: int = 4
+    most: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_integer("BySensitivity.batches", self.batches, low=1)
+        check_integer("BySensitivity.trials", self.trials, low=1, high=64)
+        check_number("BySensitivity.most", self.most, low=0, high=1, open_low=True, open_high=True)
 
 
 # --- when
@@ -177,17 +151,25 @@ class RigL:
 Schedule = OneShot | Linear | Cubic | Cosine | Exponential | Iterative | RigL
 
 
+Allocation = Uniform | Global | ERK | Isomorphic | BySensitivity
+_ALLOCATIONS = (Uniform, Global, ERK, Isomorphic, BySensitivity)
+AMOUNTS = ("sparsity", "macs", "parameters", "bytes", "latency")
+_DEFAULT = Magnitude()  # told by identity from one that was asked for
+
+
 @spec
 @dataclass(frozen=True, slots=True)
 class Prune:
     """Remove the least important part of a model.
 
-    Masked (`Weight`, `NM`, `Block`): set to zero, and kept there. Removed (`Channel`, `Head`): tensors become smaller.
+    Masked (`Weight`, `NM`, `Block`): set to zero, and kept there. Removed (`Channel`, `Head`, `Layer`, `Group`): tensors become
+    smaller.
 
     sparsity: the fraction removed. For removal a budget may stand in its place: macs, parameters, bytes, what is left at most,
-    a fraction of the original below 1, else a count. round_to: how many channels are left is a multiple of it, as far as that
-    leaves any. rebuild: None keeps the model's class; "graph" gives a torch.fx.GraphModule, in which sizes that the
-    model's own code fixes can change too.
+    a fraction of the original below 1, else a count; latency, the time of the exported file, measured, a fraction of the
+    original's or a text as "2 ms". criterion: by default Magnitude(), for Layer() OutputChange(). round_to: how many channels
+    are left is a multiple of it, as far as that leaves any. rebuild: None keeps the model's class; "graph" gives a
+    torch.fx.GraphModule, in which sizes that the model's own code fixes can change too.
     """
 
     sparsity: float | None = None
@@ -195,9 +177,10 @@ class Prune:
     macs: float | None = None
     parameters: float | None = None
     bytes: float | None = None
-    granularity: Weight | NM | Block | Channel | Head = field(default_factory=Weight)
-    criterion: Criterion = field(default_factory=Magnitude)
-    allocation: Uniform | Global | ERK | Isomorphic = field(default_factory=Uniform)
+    latency: float | str | None = None
+    granularity: Granularity = field(default_factory=Weight)
+    criterion: Criterion | OutputChange | LossChange | BlockInfluence = field(default_factory=lambda: _DEFAULT)
+    allocation: Allocation = field(default_factory=Uniform)
     schedule: Schedule = field(default_factory=OneShot)
     keep: tuple[str, ...] = ()
     include: tuple[str, ...] | None = None
@@ -207,8 +190,10 @@ class Prune:
     def __post_init__(self) -> None:
         self._check_amount()
         check_type("Prune.granularity", self.granularity, *MASKED, *REMOVED)
-        check_type("Prune.criterion", self.criterion, *CRITERIA)
-        check_type("Prune.allocation", self.allocation, Uniform, Global, ERK, Isomorphic)
+        if isinstance(self.granularity, Layer) and self.criterion is _DEFAULT:
+            object.__setattr__(self, "criterion", OutputChange())
+        check_type("Prune.criterion", self.criterion, *CRITERIA, *BLOCK_CRITERIA)
+        check_type("Prune.allocation", self.allocation, *_ALLOCATIONS)
         check_type("Prune.schedule", self.schedule, OneShot, Linear, Cubic, Cosine, Exponential, Iterative, RigL)
         check_integer("Prune.round_to", self.round_to, low=1)
         object.__setattr__(self, "keep", name_patterns("Prune.keep", self.keep))
@@ -222,49 +207,69 @@ class Prune:
         self._check_pairs()
 
     def _check_amount(self) -> None:
-        given = [name for name in ("sparsity", "macs", "parameters", "bytes") if getattr(self, name) is not None]
-        if isinstance(self.granularity, NM):
+        given = [name for name in AMOUNTS if getattr(self, name) is not None]
+        own = self._own_amount()
+        if own is not None:
             if given:
-                raise SpecError(
-                    f"NM({self.granularity.n}, {self.granularity.m}) says how much is removed; leave out {given[0]}=."
-                )
+                raise SpecError(f"{own} says how much is removed; leave out {given[0]}=.")
             return
         if not given:
-            raise SpecError("Prune needs a value for 'sparsity', or a budget: macs=, parameters= or bytes=.")
+            raise SpecError("Prune needs a value for 'sparsity', or a budget: macs=, parameters=, bytes= or latency=.")
         if len(given) > 1:
-            raise SpecError(f"Prune takes one of sparsity=, macs=, parameters=, bytes=; got {', '.join(given)}.")
+            raise SpecError(f"Prune takes one of {'=, '.join(AMOUNTS)}=; got {', '.join(given)}.")
         if self.sparsity is not None:
             check_number("Prune.sparsity", self.sparsity, low=0, high=1, open_high=True)
             return
-        check_number(f"Prune.{given[0]}", getattr(self, given[0]), low=0, high=float(2**63), open_low=True)
+        if self.latency is not None:
+            check_latency("Prune.latency", self.latency)
+        else:
+            check_number(f"Prune.{given[0]}", getattr(self, given[0]), low=0, high=float(2**63), open_low=True)
         if not isinstance(self.granularity, REMOVED):
             raise SpecError(
                 f"Prune({given[0]}=…) is met by real removal: write granularity=Channel(). A mask takes sparsity=; it makes no "
                 "tensor smaller."
             )
 
+    def _own_amount(self) -> str | None:
+        """The granularity, where it says itself how much is removed."""
+        if isinstance(self.granularity, NM):
+            return f"NM({self.granularity.n}, {self.granularity.m})"
+        if isinstance(self.granularity, Layer) and self.granularity.count is not None:
+            return f"Layer({self.granularity.count})"
+        return "Group(…)" if isinstance(self.granularity, Group) else None
+
     def _check_pairs(self) -> None:
         """Refuse what has no meaning together."""
-        removes = isinstance(self.granularity, REMOVED)
-        if removes and isinstance(self.allocation, ERK):
+        name = type(self.granularity).__name__
+        if self.removes and isinstance(self.allocation, ERK):
             raise SpecError("ERK distributes masks; for Channel() and Head() take Uniform(), Global() or Isomorphic().")
-        if not removes and isinstance(self.allocation, Isomorphic):
+        if not self.removes and isinstance(self.allocation, Isomorphic):
             raise SpecError("Isomorphic ranks channels; for masks take Uniform(), Global() or ERK().")
-        if removes and not isinstance(self.schedule, OneShot):
+        if isinstance(self.granularity, Layer | Group | NM) and isinstance(self.allocation, BySensitivity):
             raise SpecError(
-                "Channel() and Head() are removed at once: leave schedule= out, then train what is left; "
-                "Recipe([Prune(…), Train(…)])."
+                f"BySensitivity says how much each layer loses, and {name} leaves no choice: leave allocation= out."
             )
-        if not removes and isinstance(self.criterion, CHANNELS_ONLY):
+        if isinstance(self.allocation, BySensitivity) and self.sparsity is None:
+            raise SpecError("BySensitivity distributes a sparsity: write sparsity= in the place of the budget.")
+        if self.removes and not isinstance(self.schedule, OneShot):
+            raise SpecError(
+                f"{name}() is removed at once: leave schedule= out, then train what is left; Recipe([Prune(…), Train(…)])."
+            )
+        if not self.removes and isinstance(self.criterion, CHANNELS_ONLY):
             raise SpecError(
                 f"{type(self.criterion).__name__} ranks channels: write granularity=Channel(), or take Magnitude()."
             )
+        if isinstance(self.granularity, Layer) != isinstance(self.criterion, BLOCK_CRITERIA):
+            allowed = ", ".join(f"{kind.__name__}()" for kind in (BLOCK_CRITERIA if name == "Layer" else CRITERIA))
+            raise SpecError(f"{type(self.criterion).__name__} does not rank what {name} removes; take one of: {allowed}.")
         if isinstance(self.criterion, SparseGPT):
             self._check_sparsegpt()
         if isinstance(self.schedule, RigL) and not isinstance(self.granularity, Weight):
             raise SpecError(f"RigL moves single weights: leave granularity=Weight(), got {self.granularity!r}.")
-        if self.rebuild is not None and not removes:
-            raise SpecError("Prune.rebuild is for Channel() and Head(); masks change no code.")
+        if isinstance(self.allocation, BySensitivity) and not isinstance(self.schedule, OneShot):
+            raise SpecError("BySensitivity is measured once: leave schedule= out, then train what is left.")
+        if self.rebuild is not None and (not self.removes or isinstance(self.granularity, Layer)):
+            raise SpecError("Prune.rebuild is for Channel(), Head() and Group(…); masks and Layer() change no code.")
 
     def _check_sparsegpt(self) -> None:
         """Layer by layer, at once."""
