@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -33,17 +35,23 @@ def test_masks_are_those_of_the_rank(scores, share) -> None:
     np.testing.assert_array_equal(mask_lowest(scores, count, xp=xp), rank >= count)
 
 
-def test_a_score_is_sorted_once(monkeypatch) -> None:
+def test_masks_are_selected_not_sorted() -> None:
     class Counting(type(xp)):
-        sorts = 0
+        calls: ClassVar[list[str]] = []
 
         @staticmethod
         def argsort(x):
-            Counting.sorts += 1
+            Counting.calls.append("sort")
             return np.argsort(x, kind="stable")
 
+        @staticmethod
+        def kth_smallest(x, k):
+            Counting.calls.append("select")
+            return np.partition(x, k)[k]
+
     masks_for([np.arange(6.0), np.arange(4.0)], 0.5, Uniform(), xp=Counting())
-    assert Counting.sorts == 2
+    masks_for([np.arange(6.0), np.arange(4.0)], 0.5, Global(), xp=Counting())
+    assert Counting.calls == ["select"] * 3
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from whet.errors import SpecError
 from whet.numerics.schedules import lay
 from whet.numerics.schedules import ramp as ramp_at
-from whet.specs import Cosine, Cubic, Exponential, Iterative, Linear, OneShot, Prune
+from whet.specs import Cosine, Cubic, Exponential, Iterative, Linear, Movement, OneShot, Prune, RigL
 
 
 def test_textbook_cubic() -> None:
@@ -94,3 +94,35 @@ def test_every_schedule_rises_and_reaches_its_target(schedule) -> None:
 def test_rounds_that_do_not_fit_are_an_error() -> None:
     with pytest.raises(SpecError, match="cannot go 9 rounds: it has 6 of 10 training steps"):
         lay(Prune(0.8, schedule=Iterative(rounds=9)), 10)
+
+
+def test_rigl_moves_masks_by_a_falling_cosine_until_its_end() -> None:
+    ramp = lay(Prune(0.9, schedule=RigL(fraction=0.4, frequency=10, end=0.5)), 80)
+    assert (ramp.end, ramp.frequency) == (40, 10) and all(ramp.sparsity(step) == 0.9 for step in range(80))
+    assert [step for step in range(80) if ramp.renews(step)] == [0]
+    assert {s: round(ramp.drop_fraction(s), 9) for s in range(80) if ramp.drop_fraction(s)} == {
+        10: round(0.2 * (1 + math.cos(math.pi / 4)), 9),
+        20: 0.2,
+        30: round(0.2 * (1 + math.cos(3 * math.pi / 4)), 9),
+    }
+    assert not ramp.is_done(39) and ramp.is_done(40)
+    assert lay(Prune(0.5, schedule=Cubic()), 100).drop_fraction(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "steps", "said"),
+    [
+        (Prune(0.9, schedule=RigL()), 100, "RigL would never move a mask: it ends at step 75 of 100 and moves them every 100"),
+        (Prune(0.5, criterion=Movement()), 100, "removes some before the first step"),
+        (Prune(0.5, criterion=Movement(), schedule=RigL(frequency=5)), 100, "removes some before the first step"),
+        (Prune(0.5, criterion=Movement(), schedule=Cubic(initial=0.1)), 100, "removes some before the first step"),
+    ],
+)
+def test_what_cannot_be_reached_is_an_error_before_training(spec, steps, said) -> None:
+    with pytest.raises(SpecError, match=said):
+        lay(spec, steps)
+
+
+def test_movement_may_begin_at_nothing() -> None:
+    assert lay(Prune(0.5, criterion=Movement(), schedule=Cubic()), 100).sparsity(0) == 0
+    assert lay(Prune(0.5, criterion=Movement(), schedule=Cubic(initial=0.2, begin=0.1)), 100).begin == 10

@@ -70,6 +70,21 @@ class KerasNamespace:
         return ops.argsort(x)
 
     @staticmethod
+    def kth_smallest(x: Array, k: int) -> Array:
+        """What is at position `k` of the flat array `x` in ascending order."""
+        return ops.sort(x)[k]
+
+    @staticmethod
+    def nth_true(condition: Array, n: int) -> Array:
+        """The position of the true value number `n`, counted from 0, of the flat array `condition`, as int32."""
+        return ops.cast(ops.argmax(ops.cumsum(ops.cast(condition, "int32")) > n), "int32")
+
+    @staticmethod
+    def count_nonzero(x: Array) -> Array:
+        """How many values of `x` are not zero, as int32."""
+        return ops.count_nonzero(x)
+
+    @staticmethod
     def searchsorted(ordered: Array, x: Array, side: str = "left") -> Array:
         """For each of `x`, of any shape, how many of the flat, ascending `ordered` lie below ("right": not above): int32."""
         found = ops.searchsorted(ordered, ops.reshape(x, (-1,)), side=side)

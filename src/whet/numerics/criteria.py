@@ -13,7 +13,18 @@ import numpy.typing as npt
 
 from whet.errors import SpecError
 from whet.numerics.namespace import Array, Namespace
-from whet.specs.criteria import Fisher, Magnitude, Taylor, UserCriterion
+from whet.specs.criteria import (
+    FROM_INPUTS,
+    OBS,
+    SNIP,
+    Activation,
+    Fisher,
+    Magnitude,
+    Movement,
+    Taylor,
+    UserCriterion,
+    Wanda,
+)
 
 Floats = npt.NDArray[np.float64]
 
@@ -28,19 +39,12 @@ def taylor(weight: Array, gradient: Array, *, xp: Namespace) -> Array:
     return xp.abs(weight * gradient)
 
 
-def snip(weight: Array, gradient: Array, *, xp: Namespace) -> Array:
-    """`|w · g| / Σ |w · g|`, the connection sensitivity (Lee et al. 2019, arXiv:1810.02340, eq. 6); sums to 1."""
-    sensitivity = xp.abs(weight * gradient)
-    total = xp.sum(sensitivity)
-    return sensitivity / xp.where(total == 0, xp.full_like(total, 1.0), total)
+def movement(weight: Array, step: Array) -> Array:
+    """`w · Δw` of one training step: positive where it moves `w` away from zero (Sanh et al. 2020, arXiv:2005.07683, eq. 4).
 
-
-def movement(weight: Array, gradient: Array) -> Array:
-    """`-w · g` of one step: positive where training moves `w` away from zero (Sanh et al. 2020, arXiv:2005.07683, eq. 4).
-
-    The score of a weight is the sum over steps.
+    With plain SGD `Δw = -η g`. The score of a weight is the sum over steps.
     """
-    return -(weight * gradient)
+    return weight * step
 
 
 def fisher(weight: Array, squared_gradient: Array) -> Array:
@@ -52,20 +56,19 @@ def fisher(weight: Array, squared_gradient: Array) -> Array:
 
 
 def wanda(weight: Array, input_norm: Array, *, xp: Namespace) -> Array:
-    """`|w| · ‖x‖₂`, to be compared within a row (Sun et al. 2024, arXiv:2306.11695, eq. 1).
+    """`|w| · ‖x‖₂` (Sun et al. 2024, arXiv:2306.11695, eq. 1), in the paper to be compared within a row.
 
-    Shapes: weight (n, c), input_norm (c,), the norm of every input feature over examples and tokens.
+    input_norm: for each weight the norm of the input that it multiplies, over examples and positions.
     """
     return xp.abs(weight) * input_norm
 
 
-def obs(weight: Floats, inverse_hessian: Floats) -> Floats:
+def obs(weight: Array, inverse_diagonal: Array) -> Array:
     """`w² / [H⁻¹]_cc`: the loss of removing `w` when the others make up for it (Hassibi & Stork 1993; arXiv:2301.00774, eq. 3).
 
-    Shapes: weight (n, c), inverse_hessian (c, c) of `H = 2 X Xᵀ`, shared by all rows.
+    inverse_diagonal: for each weight `[H⁻¹]_cc` of the input that it multiplies, `H = 2 E[x xᵀ]`.
     """
-    scores: Floats = weight**2 / np.diag(inverse_hessian)
-    return scores
+    return weight * weight / inverse_diagonal
 
 
 def random_scores(seed: int, index: int, shape: Sequence[int]) -> Floats:
@@ -73,34 +76,45 @@ def random_scores(seed: int, index: int, shape: Sequence[int]) -> Floats:
     return np.random.default_rng((seed, index)).random(tuple(shape))
 
 
-def weight_importance(criterion: Any, weight: Array, gradient: Array | None, *, xp: Namespace) -> Array:
+def weight_importance(criterion: Any, weight: Array, statistic: Array | None, *, xp: Namespace) -> Array:
     """The score of every weight under `criterion`; for `Random` see `random_scores`.
 
-    gradient: ∂L/∂w, for Fisher E[(∂L/∂w)²]; None without data.
+    statistic: an array of the weight's shape, None without data. Of gradients: ∂L/∂w, for Fisher E[(∂L/∂w)²], for Movement
+    the sum over steps of `w · Δw`. Of the input that each weight multiplies: `√E[x²]`, for OBS `[H⁻¹]_cc`.
 
     Raises:
-        SpecError: the criterion needs a gradient and there is none, or a user's function returns another shape.
+        SpecError: the criterion needs a statistic and there is none, or a user's function returns another shape.
     """
     match criterion:
         case Magnitude():
             return magnitude(weight, xp=xp)
         case UserCriterion():
-            scores = criterion.fn(weight, gradient)
+            scores = criterion.fn(weight, statistic)
             if tuple(getattr(scores, "shape", ())) != tuple(weight.shape):
                 raise SpecError(
                     f"UserCriterion.fn must return scores of the weight's shape {tuple(weight.shape)}, got "
                     f"{tuple(getattr(scores, 'shape', ()))}."
                 )
             return scores
-    if gradient is None:
+    if statistic is None:
         name = type(criterion).__name__
+        if isinstance(criterion, FROM_INPUTS):
+            raise SpecError(
+                f"The criterion {name} looks at the inputs of layers: pass batches as train= (targets are not needed)."
+            )
         raise SpecError(f"The criterion {name} needs gradients: pass train= data to prune(), or call it after backward().")
     match criterion:
-        case Taylor():
-            return taylor(weight, gradient, xp=xp)
+        case Taylor() | SNIP():  # SNIP's division by the sum over all weights changes no rank
+            return taylor(weight, statistic, xp=xp)
         case Fisher():
-            return fisher(weight, gradient)
-    raise SpecError(f"The criterion {criterion!r} scores no single weights. Take Magnitude, Random, Taylor or Fisher.")
+            return fisher(weight, statistic)
+        case Movement() | Activation():
+            return statistic
+        case Wanda():
+            return wanda(weight, statistic, xp=xp)
+        case OBS():
+            return obs(weight, statistic)
+    raise SpecError(f"The criterion {criterion!r} scores no single weights. Take Magnitude, Taylor, Wanda or OBS.")
 
 
 def geometric_median(filters: Floats) -> Floats:

@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from whet.errors import SpecError
 from whet.numerics.allocation import erk_densities, rounded_counts
 from whet.numerics.namespace import Array, Namespace
-from whet.specs.pruning import ERK, MASKED, NM, Block, Global, Isomorphic, Prune, Uniform
-
-Allocation = Uniform | Global | ERK | Isomorphic
+from whet.specs import ERK, NM, Block, Global, Prune, Uniform, Wanda, Weight
+from whet.specs.pruning import Allocation
 
 
 def removed_count(sparsity: float, size: int) -> int:
@@ -37,15 +38,20 @@ def most_removed(
 def mask_lowest(scores: Array, count: int, *, xp: Namespace) -> Array:
     """A float32 mask of `scores`' shape that removes exactly the `count` lowest scores.
 
-    One stable sort: the last score to go has the greatest position among those of its value that go.
+    By selection of the highest score to go, not by sorting: of those that equal it the first go.
     """
     shape = tuple(int(n) for n in scores.shape)
-    flat = xp.reshape(scores, (math.prod(shape),))
+    size = math.prod(shape)
+    flat = xp.reshape(scores, (size,))
     if count <= 0:
         return xp.reshape(xp.cast(xp.full_like(flat, 1.0), "float32"), shape)
-    last = xp.argsort(flat)[count - 1]
-    highest = flat[last]
-    kept = (flat > highest) | ((flat == highest) & (xp.positions(flat) > last))
+    highest = xp.kth_smallest(flat, count - 1)
+    kept = flat > highest
+    spared = size - count - int(xp.count_nonzero(kept))
+    if spared:
+        ties = flat == highest
+        last = xp.nth_true(ties, int(xp.count_nonzero(ties)) - spared)
+        kept = kept | (ties & (xp.positions(flat) >= last))
     return xp.reshape(xp.cast(kept, "float32"), shape)
 
 
@@ -55,29 +61,50 @@ def masks_for(scores: list[Array], sparsity: float, allocation: Allocation, *, x
     `Uniform` removes the fraction from every array; `Global` ranks all scores together, but leaves at least one weight
     in every array so that no layer dies; `ERK` removes more from arrays with more weights, see `erk_densities`.
     """
-    sizes = [math.prod(int(n) for n in score.shape) for score in scores]
-    if isinstance(allocation, Uniform):
-        return [mask_lowest(s, removed_count(sparsity, n), xp=xp) for s, n in zip(scores, sizes, strict=True)]
-    if isinstance(allocation, ERK):
-        densities = erk_densities([[int(n) for n in s.shape if n > 1] or [1] for s in scores], 1 - sparsity)
-        counts = rounded_counts(sizes, [1 - density for density in densities], removed_count(sparsity, sum(sizes)))
+    shapes = [tuple(int(n) for n in score.shape) for score in scores]
+    sizes = [math.prod(shape) for shape in shapes]
+    if not isinstance(allocation, Global):
+        counts = removed_counts(shapes, sparsity, allocation)
         return [mask_lowest(s, count, xp=xp) for s, count in zip(scores, counts, strict=True)]
     flat = xp.concatenate([_spare_highest(s, n, xp=xp) for s, n in zip(scores, sizes, strict=True)])
     count = min(removed_count(sparsity, sum(sizes)), sum(max(n - 1, 0) for n in sizes))
     together = mask_lowest(flat, count, xp=xp)
-    masks, start = [], 0
-    for score, size in zip(scores, sizes, strict=True):
-        masks.append(xp.reshape(together[start : start + size], tuple(int(n) for n in score.shape)))
-        start += size
-    return masks
+    ends = np.cumsum(sizes).tolist()
+    return [xp.reshape(together[end - n : end], shape) for end, n, shape in zip(ends, sizes, shapes, strict=True)]
+
+
+def removed_counts(shapes: Sequence[Sequence[int]], sparsity: float, allocation: Allocation) -> list[int]:
+    """How many weights leave arrays of these shapes where no two arrays are compared: `Uniform` or `ERK`."""
+    sizes = [math.prod(shape) for shape in shapes]
+    if isinstance(allocation, ERK):
+        densities = erk_densities([[n for n in shape if n > 1] or [1] for shape in shapes], 1 - sparsity)
+        return rounded_counts(sizes, [1 - density for density in densities], removed_count(sparsity, sum(sizes)))
+    return [removed_count(sparsity, size) for size in sizes]
+
+
+def ranked_in_rows(scores: Array, out_axis: int, *, xp: Namespace) -> Array:
+    """The rank of each score among those of its output, from 0, ties by position; `-inf` stays.
+
+    So every output loses as many weights as any other, to one. Shapes are equal; float32.
+    """
+    shape = tuple(int(n) for n in scores.shape)
+    size, outputs, after = math.prod(shape), shape[out_axis], math.prod(shape[out_axis:][1:])
+    flat = xp.reshape(scores, (size,))
+    rows = xp.positions(flat) // after % outputs
+    by_score = xp.argsort(flat)
+    order = xp.take(by_score, xp.argsort(xp.take(rows, by_score)))  # row by row, each by score
+    ranks = xp.cast(xp.argsort(order) % (size // outputs), "float32")
+    return xp.reshape(xp.where(flat == -math.inf, xp.full_like(ranks, -math.inf), ranks), shape)
 
 
 def _spare_highest(scores: Array, size: int, *, xp: Namespace) -> Array:
-    """The flat scores, the highest of them raised to infinity."""
+    """The flat scores, the highest of them, the last where several are, raised to infinity."""
     flat = xp.reshape(scores, (size,))
     if size == 0:
         return flat
-    return xp.where(xp.positions(flat) == xp.argsort(flat)[size - 1], xp.full_like(flat, math.inf), flat)
+    highest = flat == xp.max(flat)
+    last = xp.nth_true(highest, int(xp.count_nonzero(highest)) - 1)
+    return xp.where(xp.positions(flat) == last, xp.full_like(flat, math.inf), flat)
 
 
 def nm_mask(scores: Array, keep: int, m: int, axis: int, *, xp: Namespace) -> Array:
@@ -135,7 +162,7 @@ def unfit(shape: tuple[int, ...], axes: tuple[int, int | None], granularity: Any
     Raises:
         SpecError: this granularity has no masks.
     """
-    if not isinstance(granularity, MASKED):
+    if not isinstance(granularity, Weight | NM | Block):
         name = type(granularity).__name__
         raise SpecError(
             f"{name}() makes tensors smaller and has no masks: it is a step of its own, whet.prune(model, Prune(…, granularity="
@@ -158,6 +185,8 @@ def patterned(
     An n:m pattern on the way up keeps more of every m, in proportion to `sparsity`.
     """
     pattern = spec.granularity
+    if isinstance(spec.criterion, Wanda) and isinstance(pattern, Weight) and not isinstance(spec.allocation, Global):
+        scores = [ranked_in_rows(s, a[0], xp=xp) for s, a in zip(scores, axes, strict=True)]
     if isinstance(pattern, NM):
         share = min(sparsity / spec.fraction, 1.0)
         keep = pattern.m - math.floor((pattern.m - pattern.n) * share + 1e-9)

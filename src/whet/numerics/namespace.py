@@ -36,6 +36,9 @@ class Namespace(Protocol):
     def reshape(self, x: Array, shape: tuple[int, ...]) -> Array: ...
     def concatenate(self, xs: list[Array], axis: int = 0) -> Array: ...
     def argsort(self, x: Array) -> Array: ...
+    def kth_smallest(self, x: Array, k: int) -> Array: ...
+    def nth_true(self, condition: Array, n: int) -> Array: ...
+    def count_nonzero(self, x: Array) -> Array: ...
     def positions(self, x: Array) -> Array: ...
     def searchsorted(self, ordered: Array, x: Array, side: str = "left") -> Array: ...
     def take(self, table: Array, index: Array) -> Array: ...
@@ -66,6 +69,7 @@ class NumpyNamespace:
     reshape = staticmethod(np.reshape)
     concatenate = staticmethod(np.concatenate)
     full_like = staticmethod(np.full_like)
+    count_nonzero = staticmethod(np.count_nonzero)
 
     @staticmethod
     def transpose(x: Array) -> Array:
@@ -81,6 +85,16 @@ class NumpyNamespace:
     def argsort(x: Array) -> Array:
         """Indices that sort the flat array `x` in ascending order; ties keep their order."""
         return np.argsort(x, kind="stable")
+
+    @staticmethod
+    def kth_smallest(x: Array, k: int) -> Array:
+        """What would be at position `k` if the flat array `x` were sorted, found without sorting it."""
+        return np.partition(x, k)[k]
+
+    @staticmethod
+    def nth_true(condition: Array, n: int) -> Array:
+        """The position of the true value number `n`, counted from 0, of the flat array `condition`."""
+        return np.flatnonzero(condition)[n]
 
     @staticmethod
     def positions(x: Array) -> Array:

@@ -8,11 +8,6 @@ from whet.numerics.masks import mask_lowest
 from whet.numerics.namespace import Array, Namespace
 
 
-def drop_fraction(step: int, end: int, *, initial: float = 0.3) -> float:
-    """`α/2 · (1 + cos(t π / T_end))`, 0 from `end` on (RigL, section 3, "Update schedule")."""
-    return 0.0 if step >= end else initial / 2 * (1 + math.cos(math.pi * step / end))
-
-
 def rigl(weight: Array, gradient: Array, mask: Array, fraction: float, *, xp: Namespace) -> Array:
     """The mask after one update: of the kept weights `fraction` with the least `|w|` are dropped, and as many grow.
 
@@ -21,7 +16,7 @@ def rigl(weight: Array, gradient: Array, mask: Array, fraction: float, *, xp: Na
     The number of ones stays.
     """
     shape = tuple(int(n) for n in mask.shape)
-    size, kept = math.prod(shape), int(xp.sum(mask))
+    size, kept = math.prod(shape), int(xp.count_nonzero(mask))
     count = min(round(fraction * kept), size - kept)
     if count == 0:
         return mask

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from whet.errors import SpecError
-from whet.specs.pruning import Cosine, Cubic, Exponential, Iterative, Linear, OneShot, Prune, Ramped
+from whet.specs.criteria import Movement
+from whet.specs.pruning import Cosine, Cubic, Exponential, Iterative, Linear, OneShot, Prune, Ramped, RigL
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +31,23 @@ class Ramp:
 
     def renews(self, step: int) -> bool:
         """Whether the masks are recomputed before `step`."""
-        if isinstance(self.spec.schedule, OneShot):
+        if isinstance(self.spec.schedule, OneShot | RigL):
             return step == 0
         inside = self.begin <= step < self.end
         return step == self.end or (inside and (step - self.begin) % self.frequency == 0)
 
+    def drop_fraction(self, step: int) -> float:
+        """The fraction of the kept weights that `RigL` exchanges before `step`; 0 where it does not.
+
+        `α/2 · (1 + cos(π t / T_end))` (Evci et al. 2020, arXiv:1911.11134, section 3, "Update schedule").
+        """
+        schedule = self.spec.schedule
+        if not isinstance(schedule, RigL) or not 0 < step < self.end or step % self.frequency:
+            return 0.0
+        return schedule.fraction / 2 * (1 + math.cos(math.pi * step / self.end))
+
     def is_done(self, step: int) -> bool:
-        """Whether the final sparsity is in force from `step` on."""
+        """Whether the final sparsity is in force from `step` on, and masks no longer move."""
         return step >= self.end or isinstance(self.spec.schedule, OneShot)
 
 
@@ -62,8 +73,17 @@ def lay(spec: Prune, steps: int) -> Ramp:
         SpecError: training is too short for the ramp to reach its target and be trained at it.
     """
     schedule = spec.schedule
+    _check_movement(spec)
     if isinstance(schedule, OneShot):
         return Ramp(spec, 0, 0, 1)
+    if isinstance(schedule, RigL):
+        end = min(round(schedule.end * steps), steps - 1)
+        if end <= schedule.frequency:
+            raise SpecError(
+                f"RigL would never move a mask: it ends at step {end} of {steps} and moves them every {schedule.frequency} "
+                "steps. Train longer, raise RigL.end or lower RigL.frequency."
+            )
+        return Ramp(spec, 0, end, schedule.frequency)
     begin, end = round(schedule.begin * steps), round(schedule.end * steps)
     end = min(end, steps - 1)  # the renewal at `end` happens before that step, so it must be a step that runs
     frequency = schedule.frequency
@@ -82,3 +102,15 @@ def lay(spec: Prune, steps: int) -> Ramp:
             f"steps, and renews its masks every {frequency}. Train longer, raise {name}.end or lower {name}.frequency."
         )
     return Ramp(spec, begin, end, frequency)
+
+
+def _check_movement(spec: Prune) -> None:
+    """Raise SpecError where weights would be removed before any of them has moved."""
+    schedule = spec.schedule
+    if not isinstance(spec.criterion, Movement):
+        return
+    if not isinstance(schedule, Ramped) or (schedule.initial and not schedule.begin):
+        raise SpecError(
+            "Movement ranks weights by where training moves them, and this schedule removes some before the first step: take "
+            "Cubic(begin=0.1) or another that begins at sparsity 0."
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 Array = Any
@@ -19,6 +20,7 @@ class TorchNamespace:
     log = staticmethod(torch.log)
     sqrt = staticmethod(torch.sqrt)
     matmul = staticmethod(torch.matmul)
+    count_nonzero = staticmethod(torch.count_nonzero)
 
     @staticmethod
     def clip(x: Array, low: Array, high: Array) -> Array:
@@ -84,6 +86,18 @@ class TorchNamespace:
     def argsort(x: Array) -> Array:
         """Indices that sort the flat array `x` in ascending order; ties keep their order."""
         return torch.argsort(x, stable=True)
+
+    @staticmethod
+    def kth_smallest(x: Array, k: int) -> Array:
+        """What would be at position `k` if the flat `x` were sorted, by selection; on CPUs NumPy's, several times as fast."""
+        if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+            return torch.from_numpy(np.partition(x.detach().numpy(), k)[k : k + 1])[0]
+        return torch.kthvalue(x, k + 1).values
+
+    @staticmethod
+    def nth_true(condition: Array, n: int) -> Array:
+        """The position of the true value number `n`, counted from 0, of the flat `condition`."""
+        return torch.nonzero(condition)[n, 0]
 
     @staticmethod
     def positions(x: Array) -> Array:
