@@ -14,6 +14,7 @@ import zoo_keras
 from keras_parts import batches, dense, points
 from whet.data import Batches
 from whet.errors import ModelError, SpecError
+from whet.graph.epochs import TrainingRun
 from whet.graph.learning import into_bins
 from whet.keras import convert, finish, predict, prepare, quantize, simulate
 from whet.keras.learned import LearnedQuantize, fused_round_through, learned_scale, round_through
@@ -278,8 +279,8 @@ def test_the_verb_trains_the_float_model_in_place_and_gives_the_plan():
 
     before = right(model, plan)
     fit = Train(epochs=10, learning_rate=2e-2)
-    options = {"metric": None, "teacher": None, "masks": {}, "seed": 0, "device": None, "progress": False}
-    trained, step = quantize_aware(model, spec, plan, fit, train=batches(), val=batches("val", 40, seed=1), **options)
+    run = TrainingRun(train=batches(), val=batches("val", 40, seed=1), progress=False)
+    trained, step = quantize_aware(model, spec, plan, fit, run)
     assert before < 0.6 and right(model, trained) > 0.8
     assert [row["algorithm"] for row in step.changed] == ["QAT", "QAT"] and step.changed[0]["scheme"] == "int3 per channel"
     assert len(step.train["history"]) == 10 and step.spec["Quantize"]["qat"] is not None

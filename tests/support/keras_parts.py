@@ -100,20 +100,19 @@ def batches(what="train", n=96, batch=32, **kwargs):
 
 def fitted(model, spec, *, teacher=None, masks=None, train=None, val="default", metric=None, seed=0):
     """`whet.keras.train` with the usual arguments."""
+    from whet.graph.epochs import TrainingRun
     from whet.keras import train as run
 
-    return run(
-        model,
-        spec,
+    given = TrainingRun(
         train=batches() if train is None else train,
         val=batches("val", 40, seed=1) if val == "default" else val,
         metric=metric,
         teacher=teacher,
         masks=masks or {},
         seed=seed,
-        device=None,
         progress=False,
     )
+    return run(model, spec, given)
 
 
 def same_weights(a, b):

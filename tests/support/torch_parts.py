@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from whet.data import Batches
+from whet.graph.epochs import TrainingRun
 from whet.torch import train as train_
 
 
@@ -83,14 +84,5 @@ def same_state(a, b):
 
 def run_training(model, spec, **changes):
     """`whet.torch.train` with the arguments that a test does not care about filled in."""
-    arguments = {
-        "train": batches(),
-        "val": batches(48, seed=1),
-        "metric": None,
-        "teacher": None,
-        "masks": {},
-        "seed": 0,
-        "device": None,
-        "progress": False,
-    }
-    return train_(model, spec, **(arguments | changes))
+    arguments = {"train": batches(), "val": batches(48, seed=1), "progress": False}
+    return train_(model, spec, TrainingRun(**(arguments | changes)))

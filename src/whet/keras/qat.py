@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from whet.data import Batches
 from whet.errors import DataError, ModelError
+from whet.graph.epochs import TrainingRun
 from whet.graph.learning import check_trainable, into_bins, moved_values, observed_steps, with_room
 from whet.graph.nodes import Graph
 from whet.graph.placement import Placement, Plan, place
@@ -31,7 +32,7 @@ from whet.keras.training import train as run_training
 from whet.keras.views import kernels, own_weights, to_numpy, walk
 from whet.numerics.affine import SCALE_FLOOR, QParams
 from whet.records import Step
-from whet.specs import Metric, Quantize, Target, Train, find_target, to_dict
+from whet.specs import Quantize, Target, Train, find_target, to_dict
 from whet.specs.quantization import QAT
 
 WEIGHTED = ("conv", "conv_transpose", "linear")
@@ -340,45 +341,21 @@ def _unfold(norm: Layer, array: npt.NDArray[np.float32], bias: Any) -> npt.NDArr
     return unfolded
 
 
-def quantize_aware(
-    model: Model,
-    spec: Quantize,
-    plan: Plan,
-    fit: Train,
-    *,
-    train: Batches,
-    val: Batches | None,
-    metric: Metric | None,
-    teacher: Model | None,
-    masks: Masks,
-    seed: int,
-    device: str | None,
-    progress: bool,
-) -> tuple[Plan, Step]:
+def quantize_aware(model: Model, spec: Quantize, plan: Plan, fit: Train, run: TrainingRun) -> tuple[Plan, Step]:
     """*In place*: train `model` from `plan` on as `fit` says; the plan with the trained scales, and what was done.
 
-    `teacher`, where `fit` distills, is the original. Masks are kept.
+    `teacher`, where `fit` distills, is the original. Masks are kept. No epoch is best before ranges are frozen.
 
     Raises:
         SpecError: a scheme that does not train. ModelError, DataError: as in `train`.
     """
     started = time.perf_counter()
     target = find_target(plan.target, "keras")
-    example, _ = train.first()
-    steps = fit.epochs * len(train)
-    prepared = prepared_for(model, plan, target, masks=masks, steps=steps, example=example)
-    _, trained = run_training(
-        prepared,
-        fit,
-        train=train,
-        val=val,
-        metric=metric,
-        teacher=teacher,
-        masks={},
-        seed=seed,
-        device=device,
-        progress=progress,
-    )
+    example, _ = run.train.first()
+    steps = fit.epochs * len(run.train)
+    prepared = prepared_for(model, plan, target, masks=run.masks, steps=steps, example=example)
+    settled = observed_steps(spec.qat or QAT(), steps)
+    _, trained = run_training(prepared, fit, replace(run, masks={}, settled=settled))  # the layers hold the masks
     finished, plan = finish(prepared)
     for source, variable in zip(finished.weights, model.weights, strict=True):
         variable.assign(source)

@@ -16,6 +16,7 @@ import numpy as np
 from whet.data import Batches, rows
 from whet.errors import DataError, OutputError, SpecError
 from whet.files import check_writable, filling
+from whet.graph.epochs import TrainingRun
 from whet.numerics.statistics import examples_needed
 from whet.pipeline.compressed import Compressed, as_metric, outputs_of, placement_record, start
 from whet.pipeline.pruning import prune_step
@@ -170,9 +171,7 @@ def run_recipe(recipe: Recipe, job: Job) -> Compressed:
     made = start(job.model, example=job.example, seed=job.seed)
     for step in recipe.steps:
         if isinstance(step, Train):
-            made.masks, record = made.side.train(
-                made.float_model,
-                step,
+            run = TrainingRun(
                 train=job.train,
                 val=job.val,
                 metric=job.metric,
@@ -182,6 +181,7 @@ def run_recipe(recipe: Recipe, job: Job) -> Compressed:
                 device=job.device,
                 progress=job.progress,
             )
+            made.masks, record = made.side.train(made.float_model, step, run)
         elif isinstance(step, Prune):
             record = prune_step(made, step, job.train)
         else:

@@ -5,15 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from whet.data import Batches
-from whet.errors import DataError, ModelError
+from whet.errors import DataError
 from whet.graph.groups import Groups
-from whet.graph.views import Masks
 from whet.pipeline.compressed import Compressed, plain_model
 from whet.pipeline.side import side_of
 from whet.records import Step
 from whet.specs import Prune
-
-_MASKS = "Masks need no graph: whet.prune(model, Prune(…))."
 
 
 def prune_step(compressed: Compressed, spec: Prune, data: Batches | None) -> Step:
@@ -28,13 +25,9 @@ def prune_step(compressed: Compressed, spec: Prune, data: Batches | None) -> Ste
         return step
     if compressed.example is None:
         raise DataError("Removing channels or heads traces the model and needs a batch: pass example= or train=.")
-    side: Any = compressed.side
-    if not hasattr(side, "remove"):
-        raise ModelError(f"Channels and heads of {side.FRAMEWORK} models cannot be removed. {_MASKS}")
-    removed: tuple[Any, Masks, Step] = side.remove(
+    compressed.float_model, compressed.masks, step = compressed.side.remove(
         compressed.float_model, spec, example=compressed.example, masks=compressed.masks, data=data
     )
-    compressed.float_model, compressed.masks, step = removed
     return step
 
 
@@ -49,10 +42,4 @@ def groups(model: Any, example: Any) -> Groups:
     """
     plain = plain_model(model)
     inputs, _ = Batches([example], "example").first()
-    side: Any = side_of(plain)
-    if not hasattr(side, "groups"):
-        raise ModelError(
-            f"The channels of {side.FRAMEWORK} models are not followed. Masks need no graph: whet.prune(model, Prune(…))."
-        )
-    found: Groups = side.groups(plain, inputs)
-    return found
+    return side_of(plain).groups(plain, inputs)

@@ -7,6 +7,7 @@ from typing import Any
 
 from whet.data import Batches
 from whet.errors import DataError, SpecError
+from whet.graph.epochs import TrainingRun
 from whet.graph.views import Masks
 from whet.pipeline.accuracy import control
 from whet.pipeline.adaptive import resolve
@@ -92,11 +93,7 @@ def _quantized(
     )
     if fit is None or train is None:
         return step
-    compressed.plan, trained = compressed.side.quantize_aware(
-        compressed.float_model,
-        spec,
-        compressed.plan,
-        fit,
+    run = TrainingRun(
         train=train,
         val=val,
         metric=metric,
@@ -106,6 +103,7 @@ def _quantized(
         device=device,
         progress=progress,
     )
+    compressed.plan, trained = compressed.side.quantize_aware(compressed.float_model, spec, compressed.plan, fit, run)
     rows = {row["name"]: row for row in trained.changed}
     changed = tuple({**row, **rows.get(row["name"], {})} for row in step.changed)
     return replace(step, changed=changed, seconds=step.seconds + trained.seconds, train=trained.train)

@@ -12,12 +12,15 @@ from typing import Any, Protocol
 
 from whet.data import Batches
 from whet.errors import ModelError, require
+from whet.graph.epochs import TrainingRun
+from whet.graph.groups import Groups
 from whet.graph.placement import Plan
+from whet.graph.shortcuts import Blocks
 from whet.graph.summary import Summary
 from whet.graph.variants import Variants
 from whet.graph.views import Masks
 from whet.records import Step
-from whet.specs import Metric, Prune, Quantize, Target, Train
+from whet.specs import Prune, Quantize, Target, Train
 
 Model = Any
 
@@ -44,20 +47,13 @@ class Side(Protocol):
     ) -> tuple[Model, Masks, Step]:
         """*In place* where it can be: remove channels or heads. The smaller model, masks without them, and what was done."""
 
-    def train(
-        self,
-        model: Model,
-        spec: Train,
-        *,
-        train: Batches,
-        val: Batches | None,
-        metric: Metric | None,
-        teacher: Model | None,
-        masks: Masks,
-        seed: int,
-        device: str | None,
-        progress: bool,
-    ) -> tuple[Masks, Step]:
+    def blocks(self, model: Model, example: Any) -> Blocks:
+        """The whole layers of `model` that can leave."""
+
+    def groups(self, model: Model, example: Any) -> Groups:
+        """What leaves the model together, what it holds and costs, and what stays and why."""
+
+    def train(self, model: Model, spec: Train, run: TrainingRun) -> tuple[Masks, Step]:
         """*In place*: train with the techniques in `spec.apply`, masks held after every step, best weights restored."""
 
     def quantize(
@@ -65,22 +61,7 @@ class Side(Protocol):
     ) -> tuple[Plan, Step]:
         """Trace, calibrate, place and solve. `model` is untouched; `example` is a batch's inputs to trace with."""
 
-    def quantize_aware(
-        self,
-        model: Model,
-        spec: Quantize,
-        plan: Plan,
-        fit: Train,
-        *,
-        train: Batches,
-        val: Batches | None,
-        metric: Metric | None,
-        teacher: Model | None,
-        masks: Masks,
-        seed: int,
-        device: str | None,
-        progress: bool,
-    ) -> tuple[Plan, Step]:
+    def quantize_aware(self, model: Model, spec: Quantize, plan: Plan, fit: Train, run: TrainingRun) -> tuple[Plan, Step]:
         """*In place*: train `model` from `plan` on as `fit` says, masks held; the plan with the trained scales."""
 
     def finish(self, prepared: Model) -> tuple[Model, Plan]:

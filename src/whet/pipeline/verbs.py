@@ -10,6 +10,7 @@ from typing import Any
 
 from whet.data import Batches
 from whet.errors import DataError, SpecError
+from whet.graph.epochs import TrainingRun
 from whet.graph.summary import Summary
 from whet.pipeline.compressed import Compressed, as_metric, outputs_of, plain_model, start
 from whet.pipeline.pruning import groups, prune_step
@@ -49,9 +50,7 @@ def fit(
     _see(compressed, batches)
     score = None if validation is None else as_metric(metric, validation)
     taught = plain_model(teacher)
-    compressed.masks, step = compressed.side.train(
-        compressed.float_model,
-        spec,
+    run = TrainingRun(
         train=batches,
         val=validation,
         metric=score,
@@ -61,6 +60,7 @@ def fit(
         device=device,
         progress=progress,
     )
+    compressed.masks, step = compressed.side.train(compressed.float_model, spec, run)
     compressed.steps += (step,)
     return compressed
 

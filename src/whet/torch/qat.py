@@ -10,6 +10,7 @@ scales into its plan, from which everything else is derived.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,14 @@ import torch
 
 from whet.data import Batches
 from whet.errors import DataError, ModelError
+from whet.graph.epochs import TrainingRun
 from whet.graph.learning import check_trainable, into_bins, moved_values, observed_steps
 from whet.graph.placement import Placement, Plan, place
 from whet.graph.solve import described, stored_weight
 from whet.graph.views import Masks, WeightView
 from whet.numerics.affine import QParams
 from whet.records import Step
-from whet.specs import Metric, Quantize, Target, Train, find_target, to_dict
+from whet.specs import Quantize, Target, Train, find_target, to_dict
 from whet.specs.quantization import QAT
 from whet.torch.fold import fold_, folded_weights
 from whet.torch.interception import interceptor_of
@@ -240,21 +242,7 @@ def _unfold_(norm: Any, layer: Any, *, bare: bool) -> None:
             layer.bias.zero_()
 
 
-def quantize_aware(
-    model: Any,
-    spec: Quantize,
-    plan: Plan,
-    fit: Train,
-    *,
-    train: Batches,
-    val: Batches | None,
-    metric: Metric | None,
-    teacher: Any,
-    masks: Masks,
-    seed: int,
-    device: str | None,
-    progress: bool,
-) -> tuple[Plan, Step]:
+def quantize_aware(model: Any, spec: Quantize, plan: Plan, fit: Train, run: TrainingRun) -> tuple[Plan, Step]:
     """*In place*: train `model` from `plan` on as `fit` says; the plan with the trained scales, and what was done.
 
     `teacher`, where `fit` distills, is the original. Masks are kept. No epoch is best before ranges are frozen.
@@ -264,12 +252,10 @@ def quantize_aware(
     """
     started = time.perf_counter()
     target = find_target(plan.target, "torch")
-    example, _ = train.first()
-    steps = fit.epochs * len(train)
-    prepared = prepared_for(model, plan, target, masks=masks, steps=steps, example=example)
-    settled = observed_steps(spec.qat or QAT(), steps)
-    options: dict[str, Any] = {"seed": seed, "device": device, "progress": progress, "settled": settled}
-    _, trained = run_training(prepared, fit, train=train, val=val, metric=metric, teacher=teacher, masks=masks, **options)
+    example, _ = run.train.first()
+    steps = fit.epochs * len(run.train)
+    prepared = prepared_for(model, plan, target, masks=run.masks, steps=steps, example=example)
+    _, trained = run_training(prepared, fit, replace(run, settled=observed_steps(spec.qat or QAT(), steps)))
     finished, plan = finish(prepared)
     with torch.no_grad():
         own = _tensors(model)
