@@ -76,7 +76,10 @@ def test_validate_names_what_is_wrong(case):
 
 @pytest.mark.parametrize("build", [small, Tied, lambda: Masked(-float("inf")), Stubbed, lambda: small().bfloat16()])
 def test_validate_takes_ordinary_models(build):
-    side.validate(build())
+    model = build()
+    before = state_of(model)
+    side.validate(model)
+    assert same_state(before, state_of(model))
 
 
 def test_a_copy_is_independent_and_keeps_ties_flags_and_modes():

@@ -81,6 +81,7 @@ def test_inputs_are_the_quantized_model_s_and_wanted_outputs_mend_the_shortcut()
 def test_without_a_plan_both_are_the_float_model_s():
     model, x, _, runner = case()
     found = runner.regressions(None, [Request("b.weight"), Request("a.weight")])
+    assert set(found) == {"a.weight", "b.weight"}
     with torch.no_grad():
         model.calls.clear()
         model(torch.from_numpy(x))

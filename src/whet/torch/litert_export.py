@@ -30,7 +30,7 @@ from whet.torch.fold import fold_
 from whet.torch.interception import Session, tensors_in
 from whet.torch.model import call, copy, to_numpy, to_tensors
 from whet.torch.program import arguments, quietly, ready, row_count, take_rows, trace_program
-from whet.torch.quantize import ValueQuantizer, exact_array, float_weights, plan_tensors, replace_
+from whet.torch.quantize import ValueInterceptor, exact_array, float_weights, plan_tensors, replace_
 
 Tensor = Any
 _SIZES = (2, 3)  # two batch sizes to convert for: with 1, transposes would become reshapes
@@ -92,7 +92,7 @@ def export_litert(model: Any, plan: Plan | None, target: Target, path: Path, *, 
     check_runs(reference, run, path, inputs, dynamic, quantized=plan is not None)
 
 
-class Marker(ValueQuantizer):
+class Marker(ValueInterceptor):
     """The folded float model, which returns the planned values behind its own outputs. marks: those of the last call."""
 
     def __init__(self, model: Any, plan: Plan) -> None:

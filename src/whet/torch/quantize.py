@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,17 +52,17 @@ def rounded_copy(model: Any, plan: Plan) -> Any:
     return work
 
 
-class ValueQuantizer(Interceptor):
-    """Rounds the values of a plan where they are produced; subclasses say how."""
+class ValueInterceptor(Interceptor, ABC):
+    """Meets the values of a plan where they are produced; subclasses say what becomes of them."""
 
     def __init__(self, model: Any, plan: Plan) -> None:
         super().__init__(model, dict(plan.folds))
         self.values, self.dynamic = plan.values, plan.dynamic
         self.kernels = Arithmetic(plan)
 
-    def round(self, tensor: Tensor, params: QParams) -> Tensor:
-        """`tensor` rounded to the lattice of `params`."""
-        raise NotImplementedError
+    @abstractmethod
+    def _rounded(self, name: str, tensor: Tensor) -> Tensor:
+        """What takes the place of `tensor`, which is the value `name`."""
 
     def enter(self, session: Session, args: Any, kwargs: Any) -> Any:
         """Round the model's own inputs."""
@@ -104,6 +105,14 @@ class ValueQuantizer(Interceptor):
             return call.with_argument(index, place, rounded.to(call.argument(index, place).dtype))()
         note = self.kernels.before(session, call)
         return self.kernels.after(call, call(), note)
+
+
+class ValueQuantizer(ValueInterceptor):
+    """Rounds the values of a plan where they are produced; subclasses say how."""
+
+    @abstractmethod
+    def round(self, tensor: Tensor, params: QParams) -> Tensor:
+        """`tensor` rounded to the lattice of `params`."""
 
     def _rounded(self, name: str, tensor: Tensor) -> Tensor:
         params = self.values.get(name)
