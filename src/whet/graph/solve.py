@@ -197,6 +197,8 @@ def _solve_values(
         ends = [range_of(item, spec.observer, activations) for item in seen.values()]
         low = np.float32(min(end[0] for end in ends))
         high = np.float32(max(end[1] for end in ends))
+        if low == high:  # zeros alone, which any scale holds; kernels refuse the ratios of the least one (XNNPACK from 256 on)
+            high = np.float32(1)
         scale, zero = qparams(np.asarray(low), np.asarray(high), activations, xp=xp)
         groups[group] = QParams(np.asarray(scale, np.float32), np.asarray(zero, np.int32), activations)
     return {value: groups[group] for value, group in placement.values.items()}

@@ -13,7 +13,7 @@ from whet.data import Batches
 from whet.errors import DataError, SpecError
 from whet.numerics.statistics import examples_needed, paired_drop
 from whet.pipeline.compressed import Compressed
-from whet.pipeline.sensitivity import Damage, alone, measured
+from whet.pipeline.sensitivity import Damage, alone, measured, sampled
 from whet.progress import task
 from whet.records import Estimate, Step
 from whet.runtimes.evidence import Measured, gather, metric_drop
@@ -93,7 +93,8 @@ def control(
         damages: tuple[Damage, ...] = ()
         unprovable = _unprovable(original, trials[0], limit)
         if trials[0].worst > limit + ROUNDING and unprovable is None:
-            found = measured(made, [alone(spec)], target, calibration=calibration, data=val, metric=metric, progress=False)
+            few = sampled(val)  # to rank layers; the drop that must hold is that of the file on all of val
+            found = measured(made, [alone(spec)], target, calibration=calibration, data=few, metric=metric, progress=False)
             damages = found.rows
             _search(found.ranked(), attempt, limit, trials)
     best = min(trials, key=lambda trial: _order(trial, limit))

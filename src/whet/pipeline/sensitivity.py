@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from whet import htmltext, texts
-from whet.data import Batches, concatenate, leaves, primary
+from whet.data import Batches, concatenate, leaves, primary, rows
 from whet.errors import DataError, RuntimeFileError, SpecError
 from whet.graph.placement import Plan
 from whet.graph.variants import Part, Variants, parts_of, restricted
@@ -21,11 +21,12 @@ from whet.pipeline.compressed import Compressed, as_metric, start
 from whet.progress import Task, task
 from whet.records import Estimate
 from whet.runtimes.comparison import score_drop
-from whet.runtimes.scoring import Score, score
+from whet.runtimes.scoring import Score, score, take
 from whet.specs import Metric, Quantize, Target, find_target, to_dict
 from whet.specs.quantization import Adaptive, AdaRound
 from whet.specs.schemes import SCHEMES, Scheme
 
+ENOUGH = 256  # examples that rank layers; every layer and candidate costs a pass over them
 _LEAST = 1e-12  # probability
 _STORED = {"int4": 4, "int8": 8, "int16": 16, "float32": 32}  # bits
 _FEW = 1e-3  # what 32-bit sums of probabilities may be off
@@ -229,6 +230,23 @@ def measured(
     return Sensitivity(tuple(specs), tuple(rows), data.what, examples, record, time.perf_counter() - started, target.name)
 
 
+def sampled(data: Batches, limit: int = ENOUGH) -> Batches:
+    """`limit` examples of `data` or a few less, as many from each batch, at equal distances: of data that is sorted too."""
+    batches = list(data)
+    sizes = [rows(inputs) for inputs, _ in batches]
+    total = sum(sizes)
+    if total <= limit:
+        return data
+    kept, start = [], 0
+    for (inputs, targets), size in zip(batches, sizes, strict=True):
+        own = np.arange(start, start + size)
+        chosen = np.flatnonzero(own * limit // total != (own - 1) * limit // total)
+        start += size
+        if len(chosen):
+            kept.append((take(inputs, chosen), None if targets is None else take(targets, chosen)))
+    return Batches(kept, data.what)
+
+
 class _Probe:
     """One plan, of which parts are switched on and their outputs compared with the float model's."""
 
@@ -354,4 +372,14 @@ def alone(spec: Quantize) -> Quantize:
     return replace(spec, rounding=rounding, correct_bias=None, qat=None, max_drop=None)
 
 
-__all__ = ["Damage", "Sensitivity", "alone", "classes_of", "log_probabilities", "measured", "sensitivity", "stored_bytes"]
+__all__ = [
+    "Damage",
+    "Sensitivity",
+    "alone",
+    "classes_of",
+    "log_probabilities",
+    "measured",
+    "sampled",
+    "sensitivity",
+    "stored_bytes",
+]
