@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from whet.graph.channels import WEIGHTED
 from whet.graph.nodes import Graph, Node
 from whet.graph.refine import Request, refine, waves_of
+from whet.graph.rounding import rounded
 from whet.graph.solve import Calibration, solve
 from whet.graph.views import WeightView
 from whet.numerics.observers import Range
@@ -176,3 +178,17 @@ def test_a_shared_weight_is_rounded_once():
     twice = (conv("a", "input:0"), Node("a2", "conv", ("a",), "a", "a.weight", "a.bias"))
     assert requests(*twice, outputs=("a2",)) == [[("a.weight", None)]]
     assert Request("w") == Request("w", None) and "linear" in WEIGHTED
+
+
+@pytest.mark.parametrize("name", ["gptq, scales searched", "adaround"])
+def test_small_layers_are_solved_on_one_thread(name, monkeypatch):
+    seen = []
+
+    def spied(*arguments):
+        seen.append({item["num_threads"] for item in threadpool_info() if item["user_api"] == "blas"})
+        return rounded(*arguments)
+
+    monkeypatch.setattr("whet.graph.refine.rounded", spied)
+    with threadpool_limits(2, user_api="blas"):
+        Chain().refined(SPECS[name])
+    assert seen == [{1}, {1}]

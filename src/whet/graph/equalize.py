@@ -35,6 +35,7 @@ from whet.graph.weights import solve_weight
 from whet.numerics.activation_aware import activation_aware
 from whet.numerics.equalization import cross_layer_factors, smooth_factors
 from whet.numerics.regression import Regression
+from whet.numerics.threads import threads_for
 from whet.specs.quantization import AWQ, CrossLayer, Quantize, SmoothQuant
 from whet.specs.schemes import Float
 from whet.specs.target import Target
@@ -279,7 +280,8 @@ def _factors(
         return np.concatenate(parts).astype(np.float64)
 
     magnitude = np.sqrt(np.einsum("ii->i", seen.second))
-    best = activation_aware(stacked, seen.second, magnitude, quantized, grid=spec.points)
+    with threads_for(stacked.shape[0] * stacked.shape[1] ** 2):
+        best = activation_aware(stacked, seen.second, magnitude, quantized, grid=spec.points)
     return best.factors, {"alpha": best.exponent}
 
 

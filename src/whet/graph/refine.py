@@ -28,6 +28,7 @@ from whet.graph.views import WeightView
 from whet.numerics.histograms import histogram
 from whet.numerics.regression import Regression
 from whet.numerics.statistics import sqnr_db
+from whet.numerics.threads import threads_for
 from whet.progress import task
 from whet.specs.quantization import AWQ, Nearest, Quantize, SmoothQuant
 
@@ -112,12 +113,20 @@ def refine(
         for wave in waves:
             seen = runner.regressions(work.plan, wave)
             for request in wave:
-                work.layer(request.weight, seen.get(request.weight))
+                with threads_for(_greatest_product(weights[request.weight])):
+                    work.layer(request.weight, seen.get(request.weight))
                 bar.advance(note=request.weight)
     if not isinstance(spec.rounding, Nearest):
         work.note_others({request.weight for wave in waves for request in wave})
     changed = tuple({**row, **work.rows.get(row["name"], {})} for row in solved.changed)
     return replace(solved, plan=work.plan, changed=changed, skipped=(*solved.skipped, *work.skipped))
+
+
+def _greatest_product(view: WeightView) -> int:
+    """The multiplications of a weight, (rows, columns), and its inputs' moments, (columns, columns), or of these alone."""
+    rows = max(int(view.array.shape[view.out_axis]), 1)
+    columns = int(view.array.size) // rows
+    return max(rows, columns) * columns**2
 
 
 class _Work:

@@ -33,6 +33,7 @@ from whet.keras.variables import named_variables
 from whet.keras.views import to_numpy, walk
 from whet.numerics.affine import fake_quantize, quantize_bias
 from whet.numerics.regression import Regression, merged, regression
+from whet.numerics.threads import threads_for
 
 ROWS = 1 << 16  # of one weight, over all calibration data: a sample of the positions where there are more
 BLOCK = 8192  # rows that are summed in float32
@@ -306,8 +307,9 @@ def _add(seen: Regression | None, columns: npt.NDArray[np.float32], group: int, 
     """`seen` with the rows of one group."""
     wide = block.targets.shape[1] // len(block.columns)
     targets = np.ascontiguousarray(block.targets[:, group * wide : (group + 1) * wide])
-    for start in range(0, len(columns), BLOCK):
-        seen = merged(seen, regression(columns[start : start + BLOCK], targets[start : start + BLOCK]))
+    with threads_for(min(len(columns), BLOCK) * columns.shape[1] ** 2):
+        for start in range(0, len(columns), BLOCK):
+            seen = merged(seen, regression(columns[start : start + BLOCK], targets[start : start + BLOCK]))
     if seen is None:
         raise DataError("Calibration data is empty: there are no rows to take moments of.")
     return seen
