@@ -1,5 +1,6 @@
 """The Keras 3 side: the verbs of `whet.pipeline.side.Side`, and pieces for your own training loop."""
 
+from whet.keras.blocks import blocks
 from whet.keras.callbacks import PruningCallback
 from whet.keras.convert import convert
 from whet.keras.export import export
@@ -34,6 +35,7 @@ __all__ = [
     "Pruner",
     "PruningCallback",
     "binary_soft_targets",
+    "blocks",
     "convert",
     "copy",
     "dist",

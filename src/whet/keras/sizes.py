@@ -18,27 +18,33 @@ _noted: weakref.WeakKeyDictionary[Any, Sizes] = weakref.WeakKeyDictionary()
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What removal has made of a model: {layer or operation path: {attribute: value}}, and the shape of each smaller weight."""
+    """What removal has made of a model: {layer or operation path: {attribute: value}}, and the shape of each smaller weight.
+
+    dropped: the names of the blocks that left, one tuple for each time that some did.
+    """
 
     attributes: Mapping[str, Mapping[str, Any]]
     shapes: Mapping[str, tuple[int, ...]]
+    dropped: tuple[tuple[str, ...], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         attributes = {path: {key: _plain(value) for key, value in row.items()} for path, row in self.attributes.items()}
-        return {"attributes": attributes, "shapes": {name: list(shape) for name, shape in self.shapes.items()}}
+        plain = {"attributes": attributes, "shapes": {name: list(shape) for name, shape in self.shapes.items()}}
+        return plain | {"dropped": [list(names) for names in self.dropped]} if self.dropped else plain
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Sizes:
         """What `to_dict` gave."""
         attributes = {path: {key: _tuples(value) for key, value in row.items()} for path, row in plain["attributes"].items()}
-        return cls(attributes, {name: tuple(shape) for name, shape in plain["shapes"].items()})
+        dropped = tuple(tuple(names) for names in plain.get("dropped", ()))
+        return cls(attributes, {name: tuple(shape) for name, shape in plain["shapes"].items()}, dropped)
 
     def then(self, later: Sizes) -> Sizes:
         """Both, one after the other."""
         paths = dict.fromkeys((*self.attributes, *later.attributes))
         rows = {path: {**self.attributes.get(path, {}), **later.attributes.get(path, {})} for path in paths}
-        return Sizes(rows, {**self.shapes, **later.shapes})
+        return Sizes(rows, {**self.shapes, **later.shapes}, (*self.dropped, *later.dropped))
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 from whet.errors import ModelError, RuntimeFileError
+from whet.keras.blocks import drop_again, kept_sizes
 from whet.keras.clone import has_graph, operations
 from whet.keras.model import copy, random_state_kept, short
 from whet.keras.sizes import Sizes, note, noted, resize
@@ -101,7 +102,7 @@ def load_model(folder: Path, kept: dict[str, Any], model: Any) -> Any:
     if model is None:
         loaded = _rebuild(file, kept)
     else:
-        loaded = _build(model, kept)
+        loaded = _dropped(_build(model, kept), kept)
         _check_layers(loaded, kept)
         _rename(loaded, kept)
         loaded = _resized(loaded, kept)
@@ -130,12 +131,18 @@ def _sizes(kept: dict[str, Any]) -> Sizes | None:
     return Sizes.from_dict(kept["sizes"]) if "sizes" in kept else None
 
 
+def _dropped(model: Any, kept: dict[str, Any]) -> Any:
+    """A model of the original's kind without the blocks that were removed before it was saved."""
+    sizes, listed = _sizes(kept), len(list(walk(model)))
+    return model if sizes is None or listed == len(kept["layers"]) else drop_again(model, sizes.dropped)
+
+
 def _resized(model: Any, kept: dict[str, Any]) -> Any:
     """A model of the original's sizes without what was removed before it was saved; its weights are still to be loaded."""
     sizes = _sizes(kept)
     if sizes is None:
         return model
-    resize(model, sizes, operations(model))
+    resize(model, kept_sizes(sizes, model), operations(model))
     return copy(model) if has_graph(model) else model
 
 

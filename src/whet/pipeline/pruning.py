@@ -7,10 +7,11 @@ from typing import Any
 from whet.data import Batches
 from whet.errors import DataError
 from whet.graph.groups import Groups
+from whet.pipeline.blocks import remove_blocks
 from whet.pipeline.compressed import Compressed, plain_model
 from whet.pipeline.side import side_of
 from whet.records import Step
-from whet.specs import Prune
+from whet.specs import Layer, Prune
 
 
 def prune_step(compressed: Compressed, spec: Prune, data: Batches | None) -> Step:
@@ -25,6 +26,8 @@ def prune_step(compressed: Compressed, spec: Prune, data: Batches | None) -> Ste
         return step
     if compressed.example is None:
         raise DataError("Removing channels or heads traces the model and needs a batch: pass example= or train=.")
+    if isinstance(spec.granularity, Layer):
+        return remove_blocks(compressed, spec, data)
     compressed.float_model, compressed.masks, step = compressed.side.remove(
         compressed.float_model, spec, example=compressed.example, masks=compressed.masks, data=data
     )

@@ -1,5 +1,6 @@
 """The PyTorch side: the verbs of `whet.pipeline.side.Side`, and pieces for your own training loop."""
 
+from whet.torch.blocks import blocks
 from whet.torch.convert import convert
 from whet.torch.export import export
 from whet.torch.groups import groups
@@ -31,6 +32,7 @@ __all__ = [
     "FRAMEWORK",
     "Pruner",
     "binary_soft_targets",
+    "blocks",
     "convert",
     "copy",
     "dist",

@@ -19,7 +19,7 @@ from whet.torch.calls import shapes
 from whet.torch.groups import Reading, read_model
 from whet.torch.interception import tensors_in
 from whet.torch.model import call, device_of, dtype_of, evaluating, predict, to_numpy, to_tensors
-from whet.torch.surgery import agree, note, noted
+from whet.torch.surgery import SIZES, agree, note, noted
 
 SKIPPED = "_whet_skipped"  # an attribute of the model: {module path: `Passing` as plain values} of the blocks that have left
 _KEEPS = {"layer_norm", "native_layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm", "dropout", "contiguous"}
@@ -222,6 +222,9 @@ def skip(model: Any, passing: Mapping[str, Passing]) -> None:
         parent._modules[key] = how.module()
     plain = {name: asdict(how) for name, how in passing.items()}
     note(model, SKIPPED, {**(noted(model, SKIPPED) or {}), **plain})
+    if noted(model, SIZES):  # of modules that are there no more
+        paths = dict(model.named_modules())
+        note(model, SIZES, {path: row for path, row in noted(model, SIZES).items() if path in paths})
 
 
 def skip_again(model: Any, kept: Mapping[str, Any]) -> None:

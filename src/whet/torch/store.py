@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from whet.errors import ModelError, RuntimeFileError
 from whet.specs.base import import_function
+from whet.torch.blocks import SKIPPED, skip_again
 from whet.torch.model import copy
 from whet.torch.rebuild import again
 from whet.torch.surgery import GRAPH, SIZES, noted, resize
@@ -23,7 +24,8 @@ def save_model(model: Any, folder: Path) -> dict[str, Any]:
     """Write the state of `model` to `folder`/model.safetensors, without pickle; a tied weight is written once.
 
     The result is plain: `{"file", "class": "module:name", "training", "aliases": {name: the name it is stored under}}`, and
-    `"sizes": {module path: {attribute: value}}` where channels were removed, `"graphs"` where a graph was built of the rest.
+    `"sizes": {module path: {attribute: value}}` where channels were removed, `"skipped"` where layers were, `"graphs"` where
+    a graph was built of the rest.
 
     Raises:
         ModelError: the state holds something that is not a tensor.
@@ -51,6 +53,7 @@ def save_model(model: Any, folder: Path) -> dict[str, Any]:
         raise ModelError(f"The weights cannot be stored as safetensors: {cause}.") from cause
     kept = {"file": WEIGHTS, "class": _class(model), "training": model.training, "aliases": aliases}
     kept |= {"sizes": noted(model, SIZES)} if noted(model, SIZES) else {}
+    kept |= {"skipped": noted(model, SKIPPED)} if noted(model, SKIPPED) else {}
     graphs = noted(model, GRAPH)
     return kept | {"class": graphs[0]["class"], "graphs": graphs} if graphs else kept
 
@@ -71,6 +74,7 @@ def load_model(folder: Path, kept: dict[str, Any], model: Any) -> Any:
     except (OSError, SafetensorError) as cause:
         raise RuntimeFileError(f"Cannot read the weights {str(folder / kept['file'])!r}: {cause}.") from cause
     state |= {alias: state[name] for alias, name in kept["aliases"].items()}
+    skip_again(made, kept.get("skipped", {}))
     for graph in kept.get("graphs", [])[len(noted(made, GRAPH) or []) :]:  # `model` may be such a graph itself
         made = again(made, graph, kept.get("sizes", {}))
     if "sizes" in kept:

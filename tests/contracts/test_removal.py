@@ -1,0 +1,138 @@
+"""Every way of removing structures, in both frameworks, keeps every promise."""
+
+import random
+
+import numpy as np
+import pytest
+
+import whet
+from residual_models import KERAS_BLOCKS, TORCH_BLOCKS, build, data_of
+from whet import BlockInfluence, Channel, Layer, LossChange, Prune, Quantize
+from whet.runtimes.sessions import open_session
+
+QUIET = {"progress": False}
+TECHNIQUES = {
+    "layers": Prune(granularity=Layer(2)),
+    "influence": Prune(0.5, granularity=Layer(), criterion=BlockInfluence(batches=1)),
+    "loss": Prune(macs=0.7, granularity=Layer(), criterion=LossChange(greedy=True)),
+    "channels": Prune(0.5, granularity=Channel(), round_to=1),
+}
+VAIN = {
+    "layers": Prune(granularity=Layer(1), keep=("*",)),
+    "influence": Prune(0.1, granularity=Layer(), criterion=BlockInfluence()),
+    "loss": Prune(macs=0.99, granularity=Layer(), criterion=LossChange(), include=("nothing",)),
+    "channels": Prune(0.5, granularity=Channel(), keep=("*",)),
+}
+SUFFIX = {"torch": "onnx", "keras": "tflite"}
+
+
+@pytest.fixture(params=("torch", "keras"))
+def framework(request):
+    return request.param
+
+
+@pytest.fixture(params=TECHNIQUES)
+def technique(request):
+    return request.param
+
+
+def run(technique, framework, model=None):
+    spec = TECHNIQUES[technique]
+    return whet.prune(build(framework) if model is None else model, spec, train=[data_of(framework)], **QUIET)
+
+
+@pytest.fixture(scope="module")
+def results():
+    """Each technique's result in each framework, made once; nobody changes it."""
+    return {}
+
+
+@pytest.fixture
+def result(technique, framework, results):
+    key = technique, framework
+    if key not in results:
+        results[key] = run(technique, framework)
+    return results[key]
+
+
+def arrays(model, framework):
+    if framework == "torch":
+        return {name: value.detach().numpy().copy() for name, value in model.state_dict().items()}
+    return {f"{i} {v.path}": np.asarray(v) for i, v in enumerate(model.weights)}
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def outputs(compressed, framework, seed=5):
+    return compressed.side.predict(compressed.model, data_of(framework, seed=seed)[0])
+
+
+def test_the_model_is_untouched_and_so_are_others_random_numbers(technique, framework, result):
+    model = build(framework)
+    before, x = arrays(model, framework), data_of(framework)[0]
+    plain = whet.measure(model, [data_of(framework)], progress=False).metric["value"]
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    again = run(technique, framework, model)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states
+    assert equal(arrays(model, framework), before) and len(x) == 16
+    assert whet.measure(model, [data_of(framework)], progress=False).metric["value"] == plain
+    assert list(arrays(again.float_model, framework).values())[0].shape and np.array_equal(
+        outputs(again, framework), outputs(result, framework)
+    )
+
+
+def test_fewer_weights_are_left_and_the_report_says_which(technique, framework, result):
+    before, after = arrays(build(framework), framework), arrays(result.float_model, framework)
+    assert sum(a.size for a in after.values()) < sum(a.size for a in before.values())
+    (step,) = result.report.data["steps"]
+    assert step["changed"] and all(row["sparsity"] > 0 and row["parameters"] > 0 for row in step["changed"])
+    if technique in ("layers", "influence", "loss"):
+        names = TORCH_BLOCKS if framework == "torch" else KERAS_BLOCKS
+        told = step["control"]["layers"]
+        assert [row["name"] for row in step["changed"]] == told["removed"] and set(told["importance"]) == set(names)
+        assert told["after"]["macs"] < told["before"]["macs"]
+        trainable = sum(row["parameters"] for row in step["changed"])
+        assert told["before"]["parameters"] - told["after"]["parameters"] == trainable
+
+
+def test_it_saves_and_loads_the_same(technique, framework, result, tmp_path):
+    folder = result.save(tmp_path / "saved")
+    for model in (build(framework), None) if framework == "keras" else (build(framework),):
+        loaded = whet.load(folder, model)
+        assert equal(arrays(loaded.float_model, framework), arrays(result.float_model, framework)) or framework == "keras"
+        assert np.array_equal(outputs(loaded, framework), outputs(result, framework)) and loaded.steps == result.steps
+
+
+def test_its_file_gives_what_it_gives(technique, framework, result, tmp_path):
+    file = result.export(tmp_path / f"model.{SUFFIX[framework]}")
+    found = open_session(file, threads=1).run(data_of(framework, seed=5)[0])
+    assert np.abs(found - outputs(result, framework)).max() < 1e-4
+
+
+def test_the_rest_can_still_be_quantized(technique, framework, result, tmp_path):
+    made = whet.quantize(result, Quantize(), calibration=data_of(framework, 32)[0], **QUIET)
+    signal, noise = outputs(result, framework), outputs(made, framework) - outputs(result, framework)
+    assert np.sum(noise**2) < 0.02 * np.sum(signal**2)
+
+
+def test_nothing_to_remove_is_an_error(technique, framework):
+    with pytest.raises(whet.WhetError, match="nothing|no layer"):
+        whet.prune(build(framework), VAIN[technique], train=[data_of(framework)], **QUIET)
+
+
+def test_half_precision_is_kept(technique, framework):
+    if framework == "torch":
+        model = build(framework).bfloat16()
+        made = run(technique, framework, model)
+        assert {str(p.dtype) for p in made.float_model.parameters()} == {"torch.bfloat16"}
+        return
+    import keras
+
+    model = keras.models.clone_model(build(framework))
+    half = keras.Model.from_config({**model.get_config()})
+    for layer in half.layers:
+        layer.dtype_policy = keras.DTypePolicy("mixed_float16")
+    made = run(technique, framework, half)
+    assert {layer.compute_dtype for layer in made.float_model.layers if layer.weights} == {"float16"}
