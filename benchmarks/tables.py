@@ -2,8 +2,8 @@
 
     python benchmarks/tables.py out/quantization.json --into docs/quantization.md
 
-writes every table of the record between its two comments in the document (`<!-- bench-uniform -->`, `<!-- /bench-uniform -->`), with
-the machine and the command that made it; tables for which the document has no place are passed over, and named.
+writes every table of the record between its two comments in the document (`<!-- bench-uniform -->` and `<!-- /bench-uniform -->`),
+with the machine and the command that made it; tables for which the document has no place are passed over, and named.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ BUSY = 1.3  # runnable processes per core, more than which makes times doubtful
 
 @dataclass
 class Table:
-    """A table with its conditions. columns: the first is the row's name. notes: below the table. command: what makes it."""
+    """A table with its conditions. columns: the first is the row's name. notes: below the table. command: what makes it.
+    record: a JSON file that holds the table after every row."""
 
     name: str
     title: str
@@ -39,6 +40,7 @@ class Table:
     rows: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     made: dict[str, Any] = field(default_factory=dict)
+    record: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.made:
@@ -51,11 +53,22 @@ class Table:
         self.rows.append([str(cell) for cell in cells])
         self.made["load"] = max(self.made["load"], _load())
         print(_line(self.rows[-1]), flush=True)
+        self._keep()
 
     def note(self, text: str) -> None:
         """Add a sentence below the table and print it."""
         self.notes.append(text)
         print(f"\n{text}", flush=True)
+        self._keep()
+
+    def _keep(self) -> None:
+        """Put the table into its record, in place of the one of its name."""
+        if self.record is None:
+            return
+        found = {table.name: table for table in read(self.record)} if self.record.exists() else {}
+        plain = [{k: v for k, v in asdict(t).items() if k != "record"} for t in (found | {self.name: self}).values()]
+        with replacing(self.record, overwrite=True) as temporary:
+            temporary.write_text(json.dumps(plain, indent=1), encoding="utf-8")
 
     def markdown(self) -> str:
         """The table, its notes, and a line that says where and how it was made."""
@@ -96,6 +109,22 @@ class Clock:
     def read(self) -> tuple[str, str]:
         """Both, as cells."""
         return f"{time.perf_counter() - self.wall:.1f}", f"{time.process_time() - self.cpu:.1f}"
+
+
+# ------------------------------------------------------------------ records
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """The options that every section has."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--quick", action="store_true", help="a small part of everything, to see that it runs")
+    made.add_argument("--record", type=Path, help="also put the tables into this JSON file")
+    return made
+
+
+def read(self) -> tuple[str, str]:
+    """Both, as cells."""
+    return f"{time.perf_counter() - self.wall:.1f}", f"{time.process_time() - self.cpu:.1f}"
 
 
 # ------------------------------------------------------------------ records

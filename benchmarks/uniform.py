@@ -2,8 +2,8 @@
 
     python benchmarks/uniform.py [--quick] [--bits 4 3] [--record out/quantization.json]
 
-1,024 training images without labels calibrate; first and last layer in 8 bits, activations in 8; top-1 of the exported file, run by
-its runtime, on the 10,000 test images. Codes of 2, 3 and 4 bits of convolutions are stored in int8, which is what integer
+1,024 training images without labels calibrate; first and last layer in 8 bits, activations in 8; top-1 of the exported file,
+run by its runtime, on the 10,000 test images. Codes of 2, 3 and 4 bits of convolutions are stored in int8, which is what integer
 kernels read: the file is no smaller for them. Seconds are of quantizing alone, of the wall and of the processor.
 """
 
@@ -55,7 +55,7 @@ QUICK = [(8, NEAREST, "onnxruntime"), (4, GPTQ_, "onnxruntime")]
 class Bench:
     """The model, its images, and the table that grows."""
 
-    def __init__(self, folder: Path, quick: bool) -> None:
+    def __init__(self, folder: Path, quick: bool, record: Path | None) -> None:
         self.folder, self.model = folder, resnet20()
         self.x, self.y = images("test", 500 if quick else 10_000)
         calibration, _ = images("train", 256 if quick else CALIBRATION)
@@ -66,6 +66,7 @@ class Bench:
             f"{torch.get_num_threads()} thread(s)",
             ("", "run by", "top-1, % [95 %]", "to reach", "s", "CPU s", "bytes"),
             "python benchmarks/uniform.py",
+            record=record,
         )
         self.plain = folder / "float.onnx"
         export(self.model, None, TARGETS["onnxruntime"], self.plain, example=self.batches[0])
@@ -109,7 +110,7 @@ def main() -> int:
     given: argparse.Namespace = options.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), given.quick)
+        bench = Bench(Path(folder), given.quick, given.record)
         bench.row("float", "onnxruntime", bench.plain, ("", ""))
         for bits, name, target in QUICK if given.quick else ROWS:
             if given.bits is None or bits in given.bits:
@@ -118,7 +119,6 @@ def main() -> int:
             if not (given.quick and target == "executorch"):
                 bench.peer(name, target, work)
         bench.table.note("Seconds of ExecuTorch's peer include its lowering, those of the others the writing of the file.")
-        tables.keep([bench.table], given.record)
     return 0
 
 
