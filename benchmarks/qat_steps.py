@@ -2,10 +2,10 @@
 
     python benchmarks/qat_steps.py [--rounds 20] [--batch 128] [--record out/quantization.json]
 
-In every round each kind takes one step on the same batch: forward, cross-entropy, backward, SGD. Printed are medians of the paired
-ratios, of processor time (which other work disturbs least) and against two float models: as people train it, with batch norms
-in training mode, and with them folded into the convolutions, which is what a model of Whet's trains as. torchao's
-fake quantizers observe in every step, quantize additions too and keep batch norms in training mode.
+In every round each kind takes one step on the same batch: forward, cross-entropy, backward, SGD. Printed are medians of the
+paired ratios, of processor time (which other work disturbs least) and against two float models: as people train it, with batch
+norms in training mode, and with them folded into the convolutions, which is what a model of Whet's trains as. torchao's fake
+quantizers observe in every step, and keep batch norms in training mode.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import tables
 import torch
@@ -29,6 +28,7 @@ import whet
 from whet.specs import QAT, TARGETS, Int, PerTensor, Quantize, Target
 
 FLOAT, FOLDED = "float, batch norms in training", "float, batch norms folded"
+Pairs = dict[str, list[tuple[float, float]]]  # a model -> (processor seconds, seconds) of each of its steps
 BARS = {"frozen ranges, convolutions and linear": 1.4, "and additions, running observers": 1.7, "and learned scales": 2.2}
 
 
@@ -51,7 +51,7 @@ def prepared(qat: QAT, target: Target, x: torch.Tensor) -> nn.Module:
 
 
 def pt2e(x: torch.Tensor, *, additions: bool) -> nn.Module:
-    """torchao's model in training: per-channel weights, moving averages of ranges; with additions or convolutions and linear."""
+    """torchao's model in training: weights per channel, moving averages of ranges; additions too or not."""
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
     from torchao.quantization.pt2e import allow_exported_model_train_eval
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
@@ -70,11 +70,9 @@ def pt2e(x: torch.Tensor, *, additions: bool) -> nn.Module:
     return made
 
 
-def seconds(
-    models: dict[str, nn.Module], x: torch.Tensor, y: torch.Tensor, rounds: int
-) -> dict[str, list[tuple[float, float]]]:
+def seconds(models: dict[str, nn.Module], x: torch.Tensor, y: torch.Tensor, rounds: int) -> Pairs:
     """(processor seconds, seconds) of every step of every model; two rounds before are not counted."""
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    taken: Pairs = {name: [] for name in models}
     optimizers = {name: torch.optim.SGD(model.parameters(), 1e-4) for name, model in models.items()}
     for model in models.values():
         model.train()  # of an exported model it returns nothing
@@ -109,8 +107,8 @@ def steps(given: argparse.Namespace) -> None:
     taken = seconds(models, x, y, 3 if given.quick else given.rounds)
     table = tables.Table(
         "steps",
-        f"A training step of ResNet-20, batch {given.batch}, {given.threads} thread(s), PyTorch {torch.__version__}, eager; medians "
-        f"of {len(taken[FLOAT])} paired ratios of processor time",
+        f"A training step of ResNet-20, batch {given.batch}, {given.threads} thread(s), PyTorch {torch.__version__}, eager; "
+        f"medians of {len(taken[FLOAT])} paired ratios of processor time",
         ("", "CPU ms", "× float, batch norms in training", "× float, batch norms folded", "to reach"),
         "python benchmarks/qat_steps.py",
         record=given.record,

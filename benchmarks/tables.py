@@ -2,8 +2,8 @@
 
     python benchmarks/tables.py out/quantization.json --into docs/quantization.md
 
-writes every table of the record between its two comments in the document (`<!-- bench-uniform -->` and `<!-- /bench-uniform -->`),
-with the machine and the command that made it; tables for which the document has no place are passed over, and named.
+writes every table of the record between its two comments in the document, `<!-- bench-uniform -->` and the same with a slash,
+with the machine and the command that made it. Tables for which the document has no place are passed over, and named.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -122,47 +121,9 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return made
 
 
-def read(self) -> tuple[str, str]:
-    """Both, as cells."""
-    return f"{time.perf_counter() - self.wall:.1f}", f"{time.process_time() - self.cpu:.1f}"
-
-
-# ------------------------------------------------------------------ records
-
-
-def parser(doc: str) -> argparse.ArgumentParser:
-    """The options that every section has."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--quick", action="store_true", help="a small part of everything, to see that it runs")
-    made.add_argument("--record", type=Path, help="also put the tables into this JSON file")
-    return made
-
-
-def keep(tables: Sequence[Table], path: Path | None) -> None:
-    """Put `tables` into the record at `path`, in place of those of the same names."""
-    if path is None:
-        return
-    found = {table.name: table for table in read(path)} if path.exists() else {}
-    found |= {table.name: table for table in tables}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, overwrite=True) as temporary:
-        temporary.write_text(json.dumps([asdict(table) for table in found.values()], indent=1), encoding="utf-8")
-
-
 def read(path: Path) -> list[Table]:
     """The tables of a record."""
     return [Table(**item) for item in json.loads(path.read_text(encoding="utf-8"))]
-
-
-def printed(name: str, title: str, command: list[str], shown: str) -> tuple[int, str]:
-    """Run a program that prints its own text, show the text as it comes, and give its exit status and the text."""
-    print(f"\n{title}: {shown}\n", flush=True)
-    lines = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout or ():
-            lines.append(line)
-            print(line, end="", flush=True)
-    return process.returncode, "".join(lines)
 
 
 def into(record: Path, document: Path) -> int:

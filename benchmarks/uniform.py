@@ -3,7 +3,7 @@
     python benchmarks/uniform.py [--quick] [--bits 4 3] [--record out/quantization.json]
 
 1,024 training images without labels calibrate; first and last layer in 8 bits, activations in 8; top-1 of the exported file,
-run by its runtime, on the 10,000 test images. Codes of 2, 3 and 4 bits of convolutions are stored in int8, which is what integer
+run by its runtime, on the 10,000 test images. Codes of 2, 3 and 4 bits of convolutions are stored in int8, which integer
 kernels read: the file is no smaller for them. Seconds are of quantizing alone, of the wall and of the processor.
 """
 
