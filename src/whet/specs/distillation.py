@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 from whet.errors import SpecError
 from whet.specs.base import check_number, check_type, spec
@@ -10,7 +11,7 @@ from whet.specs.base import check_number, check_type, spec
 HIGHEST = 1e6  # of temperatures and weights
 
 
-def _check(loss: Loss | LayerLoss) -> None:
+def _check(loss: Any) -> None:
     """Check the weight, and the temperature or the layers' names, if it has them."""
     name = type(loss).__name__
     check_number(f"{name}.weight", loss.weight, low=0, high=HIGHEST, open_low=True)
@@ -23,6 +24,15 @@ def _check(loss: Loss | LayerLoss) -> None:
                 raise SpecError(f"{name}.{side} must name a layer or be a pattern of names, got {value!r}.")
         if (loss.student is None) != (loss.teacher is None):
             raise SpecError(f"{name} takes layers of both models or of none, got {loss.student!r} and {loss.teacher!r}.")
+
+
+class _Checked:
+    """A loss with nothing to check but what all have."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        _check(self)
 
 
 @spec
@@ -46,39 +56,30 @@ class SoftTargets:
 
 @spec
 @dataclass(frozen=True, slots=True)
-class BinarySoftTargets:
+class BinarySoftTargets(_Checked):
     """Soft targets of sigmoid outputs, where each logit answers a question of its own: one logit, or several labels."""
 
     temperature: float = 4.0
     _: KW_ONLY
     weight: float = 1.0
 
-    def __post_init__(self) -> None:
-        _check(self)
-
 
 @spec
 @dataclass(frozen=True, slots=True)
-class LogitsMSE:
+class LogitsMSE(_Checked):
     """`mean((student - teacher)²)` over logits (Ba & Caruana 2014, arXiv:1312.6184)."""
 
     _: KW_ONLY
     weight: float = 1.0
 
-    def __post_init__(self) -> None:
-        _check(self)
-
 
 @spec
 @dataclass(frozen=True, slots=True)
-class Regression:
+class Regression(_Checked):
     """`mean((student - teacher)²)` over the outputs of a model that predicts numbers; they need not be logits."""
 
     _: KW_ONLY
     weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check(self)
 
 
 @spec
@@ -141,16 +142,13 @@ class Features:
 
 @spec
 @dataclass(frozen=True, slots=True)
-class AttentionTransfer:
+class AttentionTransfer(_Checked):
     """Where the features of two convolutional layers are strong (Zagoruyko & Komodakis 2017, arXiv:1612.03928)."""
 
     student: str
     teacher: str
     _: KW_ONLY
     weight: float = 1000.0
-
-    def __post_init__(self) -> None:
-        _check(self)
 
 
 @spec
@@ -178,7 +176,7 @@ class RKD:
 
 @spec
 @dataclass(frozen=True, slots=True)
-class SimilarityPreserving:
+class SimilarityPreserving(_Checked):
     """Which examples of a batch activate a layer alike (Tung & Mori 2019, arXiv:1907.09682). Without names, the outputs."""
 
     student: str | None = None
@@ -186,22 +184,16 @@ class SimilarityPreserving:
     _: KW_ONLY
     weight: float = 3000.0
 
-    def __post_init__(self) -> None:
-        _check(self)
-
 
 @spec
 @dataclass(frozen=True, slots=True)
-class PKT:
+class PKT(_Checked):
     """The probabilities of an example's neighbours (Passalis & Tefas 2018, arXiv:1803.10837). Without names, of outputs."""
 
     student: str | None = None
     teacher: str | None = None
     _: KW_ONLY
     weight: float = 100.0
-
-    def __post_init__(self) -> None:
-        _check(self)
 
 
 Loss = SoftTargets | BinarySoftTargets | LogitsMSE | Regression | DKD | DIST
