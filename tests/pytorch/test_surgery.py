@@ -47,7 +47,7 @@ ZOO = {
     "fused_qkv": (Head(), "reshape in FusedQkv"),
     "grouped_query": (Head(), "reshape in GroupedQuery"),
     "attention": (Head(), "unflatten in attn"),
-    "recurrent": (Channel(), "lstm in lstm cannot be followed"),
+    "recurrent": (Channel(), True),
     "tied": (Channel(), True),
     "twice": (Channel(), True),
     "siamese": (Channel(), True),

@@ -89,6 +89,10 @@ def _attributes(module: Any, path: str, left: Any, shape: tuple[int, ...]) -> di
         }
     if isinstance(module, nn.Embedding):
         return {"embedding_dim": weight.shape[1]}
+    if isinstance(module, nn.RNNBase):
+        return {"input_size": module.weight_ih_l0.shape[1], "hidden_size": module.weight_hh_l0.shape[1]}
+    if isinstance(module, nn.RNNCellBase):
+        return {"input_size": module.weight_ih.shape[1], "hidden_size": module.weight_hh.shape[1]}
     if isinstance(module, nn.PReLU):
         return {"num_parameters": len(weight)}
     if is_conv1d(module):

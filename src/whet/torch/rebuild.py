@@ -142,7 +142,10 @@ def _same(node: Any, sizes: Sizes, given: dict[str, Any]) -> None:
 
 
 _REWRITES: dict[str, Callable[[Any, Sizes, dict[str, Any]], None]] = {
-    **dict.fromkeys(("view", "expand", "broadcast_to", "_unsafe_view"), _shape("size")),
+    **dict.fromkeys(
+        ("view expand broadcast_to _unsafe_view zeros ones full empty new_zeros new_ones new_full new_empty").split(),
+        _shape("size"),
+    ),
     "reshape": _shape("shape"),
     "unflatten": _unflatten,
     **dict.fromkeys(("flatten", "squeeze", "unsqueeze"), _same),

@@ -209,6 +209,8 @@ class Surgeon:
                 new = torch.nn.Parameter(new, requires_grad=old.requires_grad)
             for where, key in places:
                 undo.set(where, key, new)
+        for module, flat in flat_weights(self._model):
+            undo.set(vars(module), "_flat_weights", flat)
 
 
 def _outputs(model: Any, inputs: Any) -> list[Any]:
@@ -287,6 +289,8 @@ def resize(model: Any, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str
             new = torch.nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
             for place, own in names[name]:
                 place[own] = new
+    for module, flat in flat_weights(model):
+        module._flat_weights = flat
     modules = dict(model.named_modules())
     for path, row in sizes.items():
         if path not in modules:
@@ -308,6 +312,13 @@ def note(model: Any, key: str, value: Any) -> None:
 def noted(model: Any, key: str) -> Any:
     """What `note` kept; None without."""
     return model.meta.get(key) if isinstance(model, torch.fx.GraphModule) else getattr(model, key, None)
+
+
+def flat_weights(model: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """torch's recurrent layers, and the list of their weights, which they keep besides and must hold what they hold now."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.RNNBase):
+            yield module, [getattr(module, name, None) for name in module._flat_weights_names]
 
 
 def holders(model: Any) -> dict[str, list[tuple[dict[str, Any], str]]]:
