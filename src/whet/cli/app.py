@@ -109,7 +109,7 @@ def compress(
     Exit status: 0, or 2 for bad input, or 3 if the budget was missed (the best files are written all the same).
     """
     with _told(debug, model):
-        from whet.cli.given import amount, job_inputs, overrides, written
+        from whet.cli.given import amount, job_inputs, overrides
         from whet.pipeline.compress import compress as run
         from whet.specs import Budget
 
@@ -118,25 +118,23 @@ def compress(
         chosen = overrides(metric, recipe)
         with job_inputs(model, {"train": train, "val": val, "test": test}) as inputs:
             inputs |= chosen
-            compressed = run(
-                budget=budget,
-                target=target,
-                seed=seed,
-                device=device,
-                progress=not quiet,
-                out=out,
-                overwrite=overwrite,
-                **inputs,
-            )
-        if not quiet:
-            from whet.report.console import print_report
+            given: Any = {"target": target, "seed": seed, "device": device, "out": out, "overwrite": overwrite}
+            compressed = run(budget=budget, progress=not quiet, **given, **inputs)
+        _told_of_job(compressed.report, out, quiet)
 
-            print_report(compressed.report)
-            typer.echo(f"Written: {', '.join(str(path) for path in written(out, compressed.report.data))}")
-        budget_record = compressed.report.data["budget"]
-        if not budget_record["met"]:
-            typer.echo(f"Budget missed: {'; '.join(budget_record['missed'])}.", err=True)
-            raise typer.Exit(BUDGET_MISSED)
+
+def _told_of_job(report: Any, out: Path, quiet: bool) -> None:
+    """Print what was reached and written; a missed budget ends the command with its status."""
+    if not quiet:
+        from whet.cli.given import written
+        from whet.report.console import print_report
+
+        print_report(report)
+        typer.echo(f"Written: {', '.join(str(path) for path in written(out, report.data))}")
+    budget = report.data["budget"]
+    if not budget["met"]:
+        typer.echo(f"Budget missed: {'; '.join(budget['missed'])}.", err=True)
+        raise typer.Exit(BUDGET_MISSED)
 
 
 @app.command()
