@@ -1,132 +1,121 @@
-"""Quantization of a Keras 3 ResNet-20 (channels last) on CIFAR-10: post-training at 8, 4 and 3 bits, and what QAT costs.
+"""Post-training quantization of a Keras 3 ResNet-20 (channels last) on CIFAR-10, on exported files, PyTorch's beside.
 
-    python benchmarks/keras_quantization.py [bits] [steps] [blocks]
+    python benchmarks/keras_quantization.py [--quick] [--bits 4 3] [--blocks] [--record out/quantization.json]
 
-bits: top-1 of the exported LiteRT file on the 10,000 test images where the target takes the weights, and of the simulation;
-the first and last layer in 8 bits, 1,024 training images for calibration, no labels. Codes of 4 and 3 bits are stored in whole
-bytes. blocks: the same at 3 bits with block-wise reconstruction. steps: the time of a training step, with frozen, observed and
-learned ranges, against the float model as people train it and against the same model with its batch norms folded, all timed in
-alternation; eager graph and XLA. Without arguments: bits and steps.
-
-The weights are PyTorch's own, and so are those of benchmarks/quantization.py. The folder of data, `$WHET_DATA` or
-`../shared/data`, holds cifar10/resnet20.safetensors and the images.
+The weights, the images, their order and the specs are those of benchmarks/uniform.py: 1,024 training images without labels,
+first and last layer in 8 bits, activations in 8; top-1 of the LiteRT and the ONNX file, each run by its runtime, on the 10,000
+test images, beside the simulation's, and of PyTorch's ONNX file. Codes of 4, 3 and 2 bits are stored in whole bytes, which is
+what integer kernels read. Seconds are of quantizing alone, of the wall and of the processor. KERAS_BACKEND=torch works too.
+blocks: the rounding of whole blocks learned, at 3 and 2 bits.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import cifar
 import keras
 import numpy as np
-from keras_litert import images, resnet20, run
+import tables
+import torch
+from keras_litert import resnet20, run
 from safetensors.numpy import load_file
+from uniform import ADAROUND, BARS, BATCH, BLOCKS, CALIBRATION, GPTQ_, MOST_SECONDS, NEAREST, RECIPES
 
 import whet
-from whet.keras.clone import assemble
-from whet.keras.trace import lowered
-from whet.runtimes.sessions import open_session
-from whet.specs import QAT, AdaRound, BiasCorrection, Int, Quantize
+from whet.runtimes.sessions import open_session, parts
+from whet.specs import TARGETS
 
-EDGES = {"conv1": Int(8), "linear": Int(8)}
-TUNED: dict[str, Any] = {"rounding": AdaRound(), "correct_bias": BiasCorrection(), "overrides": EDGES}
-ROWS: dict[str, tuple[Quantize, float]] = {  # and the top-1 to reach
-    "W8A8, nearest": (Quantize(), 88.0),
-    "W4A8, nearest": (Quantize(Int(4), overrides=EDGES), 0.0),
-    "W4A8, AdaRound": (Quantize(Int(4), **TUNED), 87.6),
-    "W3A8, nearest": (Quantize(Int(3), overrides=EDGES), 0.0),
-    "W3A8, AdaRound": (Quantize(Int(3), **TUNED), 86.0),
-}
-BLOCKS = {"W3A8, blocks": (Quantize(Int(3), **(TUNED | {"rounding": AdaRound(blocks=True)})), 86.0)}
-GOALS = {"frozen": {False: 1.5, True: 1.2}, "observed": {False: 1.5, True: 1.2}, "learned": {False: 1.5, True: 1.2}}
-BATCH, ROUNDS = 128, 12
+ROWS = [(8, NEAREST), (8, GPTQ_), (4, NEAREST), (4, GPTQ_), (4, ADAROUND), (3, NEAREST), (3, GPTQ_), (2, NEAREST), (2, GPTQ_)]
+QUICK = [(8, NEAREST), (4, GPTQ_)]
+NEAR = 0.2  # points that the frameworks may be apart
+
+
+class Bench:
+    """The models, the images, and the table that grows."""
+
+    def __init__(self, folder: Path, quick: bool, record: Path | None) -> None:
+        self.folder, self.quick = folder, quick
+        self.models = {"Keras": resnet20(load_file(cifar.folder() / "resnet20.safetensors")), "PyTorch": cifar.resnet20()}
+        x, self.y = cifar.images("test", 500 if quick else 10_000)
+        calibration, _ = cifar.images("train", 256 if quick else CALIBRATION)
+        self.images = {"Keras": np.ascontiguousarray(x.transpose(0, 2, 3, 1)), "PyTorch": x}
+        last = {"Keras": np.ascontiguousarray(calibration.transpose(0, 2, 3, 1)), "PyTorch": calibration}
+        self.batches = {name: [a[i : i + BATCH] for i in range(0, len(a), BATCH)] for name, a in last.items()}
+        self.table = tables.Table(
+            "keras",
+            f"ResNet-20 in Keras on {keras.backend.backend()}, {len(x):,} test images, {len(calibration):,} calibration images "
+            "without labels, one thread",
+            ("", "made in", "run by", "top-1, % [95 %]", "simulation", "to reach", "s", "CPU s", "bytes"),
+            "python benchmarks/keras_quantization.py",
+            record=record,
+        )
+
+    def row(self, bits: int, name: str) -> None:
+        """One scheme, in both frameworks."""
+        found = [
+            self._one(bits, name, *where)
+            for where in (("Keras", "litert"), ("Keras", "onnxruntime"), ("PyTorch", "onnxruntime"))
+        ]
+        apart = max(abs(value - found[-1]) for value in found[:-1])
+        if apart > NEAR and not self.quick:
+            self.table.note(f"W{bits}A8 {name}: {apart:.2f} points from PyTorch.")
+
+    def _one(self, bits: int, name: str, framework: str, target: str) -> float:
+        clock = tables.Clock()
+        options: dict[str, Any] = {"calibration": self.batches[framework], "target": target, "progress": False}
+        made = whet.quantize(self.models[framework], RECIPES[name](bits), **options)
+        seconds = clock.read()
+        path = made.export(self.folder / f"made{TARGETS[target].suffix}", overwrite=True)
+        x = self.images[framework]
+        right = int(np.sum(run(open_session(path, threads=1).run, x).argmax(-1) == self.y))
+        simulated = ""
+        if framework == "Keras":
+            classes = run(lambda part: whet.keras.predict(made.model, part), x).argmax(-1)
+            simulated = f"{100 * np.mean(classes == self.y):.2f}"
+        value = 100 * right / len(x)
+        judged = not self.quick and (name == GPTQ_ or (bits, name) == (8, NEAREST))
+        bar = tables.against(value, BARS[bits]) if judged else ""
+        size = f"{sum(item.stat().st_size for item in parts(path)):,}"
+        shown = (tables.top1(right, len(x)), simulated, bar, *seconds, size)
+        self.table.add(f"W{bits}A8 {name}", framework, target, *shown)
+        if float(seconds[0]) > MOST_SECONDS:
+            self.table.note(f"W{bits}A8 {name} in {framework} took more than {MOST_SECONDS} s.")
+        return value
 
 
 def main() -> int:
-    """Print the tables; 1 when a number misses its goal, 2 when the data is missing."""
-    folder = Path(os.environ.get("WHET_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "cifar10"
-    if not (folder / "resnet20.safetensors").is_file():
-        print(f"The data is missing: there is no {folder}/resnet20.safetensors. Set WHET_DATA to the folder above cifar10/.")
-        return 2
-    wanted = sys.argv[1:] or ["bits", "steps"]
-    model = resnet20(load_file(folder / "resnet20.safetensors"))
-    missed = 0
-    if "bits" in wanted:
-        missed += bits(model, folder, ROWS)
-    if "blocks" in wanted:
-        missed += bits(model, folder, BLOCKS)
-    if "steps" in wanted:
-        missed += sum(steps(model, jit) for jit in (False, True))
-    return 1 if missed else 0
+    """Print the table."""
+    options = tables.parser(__doc__)
+    options.add_argument("--bits", nargs="+", type=int, choices=list(BARS), help="only these rows")
+    options.add_argument("--blocks", action="store_true", help="block-wise reconstruction at 3 and 2 bits, and nothing else")
+    given: argparse.Namespace = options.parse_args()
+    one_thread()
+    rows = [(3, BLOCKS), (2, BLOCKS)] if given.blocks else QUICK if given.quick else ROWS
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), given.quick, given.record)
+        for bits, name in rows:
+            if given.bits is None or bits in given.bits:
+                bench.row(bits, name)
+    return 0
 
 
-def bits(model: Any, folder: Path, rows: dict[str, tuple[Quantize, float]]) -> int:
-    """One row for each scheme; how many missed their goal."""
-    x, y = images(folder / "test_jpeg_bytes.npz")
-    calibration, _ = images(folder / "train_jpeg_bytes.npz", 1024)
-    print(f"float model: {top1(lambda part: whet.keras.predict(model, part), x, y):.2f} %")
-    missed = 0
-    for name, (spec, goal) in rows.items():
-        started = time.monotonic()
-        done = whet.quantize(model, spec, calibration=calibration, target="litert", progress=False)
-        seconds = time.monotonic() - started
-        with tempfile.TemporaryDirectory() as place:
-            session = open_session(done.export(Path(place) / "model.tflite"), threads=1)
-            file = top1(session.run, x, y)
-            size = (Path(place) / "model.tflite").stat().st_size
-        simulated = top1(lambda part, made=done.model: whet.keras.predict(made, part), x, y)
-        against = f" (goal {goal})" if goal else ""
-        print(
-            f"{name:15} file {file:.2f} %{against}, simulation {simulated:.2f} %, {size:,} bytes, {seconds:.1f} s", flush=True
-        )
-        missed += file < goal
-    return missed
+def one_thread() -> None:
+    """Frameworks compute on one thread, so that processor seconds compare."""
+    torch.set_num_threads(1)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
 
-
-def top1(call: Any, x: Any, y: Any) -> float:
-    """Per cent of the images that are given their class."""
-    return 100 * float(np.mean(run(call, x).argmax(-1) == y))
-
-
-def steps(model: Any, jit: bool) -> int:
-    """Medians of the time of one training step; how many missed their goal."""
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(BATCH, 32, 32, 3)).astype("float32"), rng.integers(0, 10, BATCH)
-    kinds = {
-        "frozen": QAT(learn_scale=False),
-        "observed": QAT(learn_scale=False, observe=1.0),
-        "learned": QAT(),
-    }
-    made = {"float": whet.keras.copy(model), "folded": assemble(lowered(model))}
-    for name, qat in kinds.items():
-        options: dict[str, Any] = {"calibration": [x], "target": "litert", "steps": 10_000, "progress": False}
-        made[name] = whet.keras.prepare(model, Quantize(qat=qat), **options)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    for network in made.values():
-        network.compile(keras.optimizers.SGD(1e-3, momentum=0.9), loss, jit_compile=jit)
-        network.train_on_batch(x, y)
-    seconds: dict[str, list[float]] = {name: [] for name in made}
-    for _ in range(ROUNDS):
-        for name, network in made.items():
-            started = time.perf_counter()
-            network.train_on_batch(x, y)
-            seconds[name].append(time.perf_counter() - started)
-    print(f"a step on {BATCH} images, {'XLA' if jit else 'eager graph'}:")
-    missed = 0
-    for name, taken in seconds.items():
-        ratios = [float(np.median(taken) / np.median(seconds[base])) for base in ("float", "folded")]
-        goal = GOALS.get(name, {}).get(jit)
-        against = "" if goal is None else f" (goal {goal})"
-        print(f"  {name:9} {1e3 * np.median(taken):7.1f} ms, {ratios[0]:.2f} x float{against}, {ratios[1]:.2f} x folded")
-        missed += goal is not None and ratios[0] > goal
-    return missed
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())
