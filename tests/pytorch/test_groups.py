@@ -10,11 +10,12 @@ import whet
 import zoo_torch
 from whet.errors import ModelError
 from whet.torch import groups, inspect
+from whet.torch.groups import read_model
 
 # families of every model of the zoo: {name: (groups, positions of the producing axis in each)}
 KNOWN = {
     "demo": {"conv1.weight": (10, 1), "conv2.weight": (20, 1), "fc1.weight": (50, 1)},
-    "residual": {"conv1.weight": (8, 1), "conv2.weight": (16, 1), "conv3.weight": (8, 1)},
+    "residual": {"conv1.weight": (8, 1), "conv2.weight": (16, 1), "conv3.weight": (4, 2)},
     "concat": {"a.weight": (6, 1), "b.weight": (10, 1), "c.weight": (8, 1)},
     "depthwise": {"stem.weight": (8, 1), "point.weight": (12, 1)},
     "grouped": {"stem.weight": (6, 4), "grouped.weight": (2, 12)},
@@ -74,8 +75,10 @@ def test_an_option_a_shortcut_shifts_channels() -> None:
     model, inputs = zoo_torch.CASES["residual"]()
     found = groups(model, inputs)
     assert members(found, "conv1.weight")["conv3.weight", 0][0] == [4]
-    assert [row[0] for row in members(found, "conv3.weight")["conv3.weight", 0]] == [0, 1, 2, 3, 12, 13, 14, 15]
+    assert members(found, "conv3.weight")["conv3.weight", 0] == [[0, 12], [1, 13], [2, 14], [3, 15]]  # as many on both sides
     assert found.named("conv3.weight").sites and not found.named("conv2.weight").sites
+    free = read_model(model, inputs, dynamic=True).groups  # where every pad amount can be written anew
+    assert members(free, "conv3.weight")["conv3.weight", 0] == [[0], [1], [2], [3], [12], [13], [14], [15]]
 
 
 class Odd(nn.Module):

@@ -152,6 +152,31 @@ def test_integer_attributes_that_the_oracle_confirms_are_set(tmp_path) -> None:
     assert (twice.model.heads, twice.model.inner) == (1, 4)
 
 
+class Padded(zoo_torch.Residual):
+    """The option-A shortcut with its amount in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.added = 4
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(x)))))
+        x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.added, self.added))
+        return self.fc(F.avg_pool2d(F.relu(y + x), 4).flatten(1))
+
+
+def test_pads_of_a_shortcut_lose_as_many_on_both_sides_and_the_attribute_says_so(tmp_path) -> None:
+    model, inputs = seeded(Padded).eval(), zoo_torch.CASES["residual"]()[1]
+    made = whet.prune(model, Prune(0.5, granularity=Channel(), round_to=1), example=inputs)
+    assert made.model.added == 2 and model.added == 4
+    assert made.model.conv3.out_channels == 8 and made.model.conv1.out_channels == 4
+    made.save(tmp_path / "saved")
+    again = whet.load(tmp_path / "saved", Padded)
+    assert again.model.added == 2
+    np.testing.assert_array_equal(predict(again.model, inputs), predict(made.model, inputs))
+
+
 @pytest.mark.parametrize("name", ["residual", "tied", "depthwise", "weight_norm"])
 def test_saved_and_loaded_without_pickle(name, tmp_path) -> None:
     model, inputs = zoo_torch.CASES[name]()

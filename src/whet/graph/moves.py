@@ -74,6 +74,8 @@ def pad(s: Structure, x: Value, amounts: Sequence[tuple[int, int]], name: str, *
         if not constant and (before or after):
             s.ids.fix(axis, f"{name} mirrors it")
         low, high = (s.ids.fresh(max(n, 0), None if constant else f"{name} mirrors it") for n in (before, after))
+        if s.balanced and constant and before == after > 0:
+            s.ids.unite(low, high)
         if before < 0 or after < 0:
             s.ids.fix(axis, f"{name} crops it")
         kept = axis[max(-before, 0) : len(axis) - max(-after, 0)]

@@ -60,6 +60,7 @@ class Structure:
     costs: list[Cost] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
     heads: list[IntArray] = field(default_factory=list)  # the head axes of attention
+    balanced: bool = False  # a pad of n before and n after keeps as many on both sides, so that one number still says it
 
     def hold(self, name: str, shape: Sequence[int], *, itemsize: int, is_parameter: bool, out: int = 0) -> Value:
         """Ids for a parameter or buffer, the same ones at every call of the same name."""

@@ -58,11 +58,11 @@ def read_model(model: Any, example: Any, *, dynamic: bool = False) -> Reading:
             f"The channels of {type(model).__name__} cannot be followed: {first_line(cause)} Masks (granularity=Weight()) "
             "need no graph."
         ) from cause
-    return Reading(Groups(_structure(model, program), rows), program)
+    return Reading(Groups(_structure(model, program, balanced=not dynamic), rows), program)
 
 
-def _structure(model: Any, program: Any) -> Structure:
-    structure, values, constants = Structure(), {}, set()
+def _structure(model: Any, program: Any, *, balanced: bool) -> Structure:
+    structure, values, constants = Structure(balanced=balanced), {}, set()
     named, saved = _held_by_placeholder(model, program), set(model.state_dict())
     read_names = {named[n.name][0] for n in program.graph.nodes if n.op == "placeholder" and n.users and n.name in named}
     for node in program.graph.nodes:
