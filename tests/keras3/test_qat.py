@@ -23,7 +23,7 @@ from whet.keras.qat import quantize_aware
 from whet.keras.quantize import quantized_view
 from whet.keras.trace import lowered
 from whet.numerics.affine import QParams
-from whet.specs import QAT, TARGETS, Int, PerGroup, PerTensor, Prune, Quantize, Train
+from whet.specs import QAT, TARGETS, EarlyStopping, Int, Metric, PerGroup, PerTensor, Prune, Quantize, Train
 
 L = keras.layers
 LITERT = TARGETS["litert"]
@@ -284,6 +284,23 @@ def test_the_verb_trains_the_float_model_in_place_and_gives_the_plan():
     assert before < 0.6 and right(model, trained) > 0.8
     assert [row["algorithm"] for row in step.changed] == ["QAT", "QAT"] and step.changed[0]["scheme"] == "int3 per channel"
     assert len(step.train["history"]) == 10 and step.spec["Quantize"]["qat"] is not None
+
+
+def test_no_epoch_is_best_before_ranges_are_frozen():
+    calls = []
+
+    def worse_every_time(outputs, targets):
+        calls.append(len(targets))
+        return -float(len(calls))
+
+    val = batches("val", 40, seed=1)
+    spec, model = Quantize(Int(4), qat=QAT(observe=0.6)), dense()
+    plan, _ = quantize(model, spec, LITERT, calibration=batches("calibration"), example=points(8)[0], progress=False)
+    metric = Metric(worse_every_time, per_example=False)
+    run = TrainingRun(train=batches(), val=val, metric=metric, progress=False)
+    _, step = quantize_aware(model, spec, plan, Train(epochs=4, early_stopping=EarlyStopping(patience=1)), run)
+    assert [row["eligible"] for row in step.train["history"]] == [False, False, True, True]
+    assert step.train["stop"]["best_epoch"] == 3 and len(calls) == 4
 
 
 TORCH = """
