@@ -22,6 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ CALIBRATION, BATCH = 512, 64
 REPEATS, ROUNDS = 4, 6
 LEAST_TOP1, MOST_RATIO, MORE_BYTES = 0.88, 1.10, 1.02
 LEAST_AGREEMENT = {"onnxruntime": 0.995, "openvino": 0.990, "executorch": 0.995}
+Bar = tuple[str, float, str, float]  # what, its value, the relation, the bar
 LEAST_GAIN_DB = {"onnxruntime": 3.0, "openvino": 1.0, "executorch": 3.0}
 
 
@@ -96,90 +98,117 @@ def main() -> None:
     calibration, _ = images("train", CALIBRATION)
     batches = [calibration[i : i + BATCH] for i in range(0, CALIBRATION, BATCH)]
     model = resnet20()
-    seconds = forward_seconds(model, batches)
-    print(f"plain forward of {CALIBRATION} images in PyTorch on one core: {seconds:.2f} s")
-    float_outputs = predict(model, x)
-    print(f"float model in PyTorch: top-1 {top1(float_outputs, y):.2%} of {len(x):,} images\n")
+    case = Case(model, batches, x, y, predict(model, x), forward_seconds(model, batches))
+    print(f"plain forward of {CALIBRATION} images in PyTorch on one core: {case.seconds:.2f} s")
+    print(f"float model in PyTorch: top-1 {top1(case.float_outputs, y):.2%} of {len(x):,} images\n")
     for name in given.runtimes:
         with tempfile.TemporaryDirectory() as folder:
-            table(name, Path(folder), model, batches, x, y, float_outputs, seconds)
+            table(name, Path(folder), case)
 
 
-def table(
-    name: str,
-    folder: Path,
-    model: Any,
-    batches: list[np.ndarray],
-    x: np.ndarray,
-    y: np.ndarray,
-    float_outputs: np.ndarray,
-    seconds: float,
-) -> None:
+@dataclass(frozen=True)
+class Case:
+    """What every runtime is given. seconds: of PyTorch's plain forward pass over the calibration batches."""
+
+    model: Any
+    batches: list[np.ndarray]
+    x: np.ndarray
+    y: np.ndarray
+    float_outputs: np.ndarray
+    seconds: float
+
+
+def table(name: str, folder: Path, case: Case) -> None:
     """One runtime: its files measured, and whether Whet's reaches the bars."""
-    target = TARGETS[name]
-    files = {kind: folder / f"{kind}{target.suffix}" for kind in ("float", "whet", "peer")}
-    export(model, None, target, files["float"], example=batches[0])
-    took = []
-    for _ in range(REPEATS):  # the first also loads what exporting needs
-        start = time.process_time()
-        made = whet.quantize(model, whet.Quantize(), calibration=batches, target=name, progress=False)
-        middle = time.process_time()
-        made.export(files["whet"], overwrite=True)
-        took.append((time.process_time() - start, middle - start))
+    files = {kind: folder / f"{kind}{TARGETS[name].suffix}" for kind in ("float", "whet", "peer")}
+    export(case.model, None, TARGETS[name], files["float"], example=case.batches[0])
+    made, took = whet_file(name, files["whet"], case)
     start = time.process_time()
     if name in PEERS:
         with quiet():
-            PEERS[name](files["float"], batches, files["peer"])
+            PEERS[name](files["float"], case.batches, files["peer"])
     peer_seconds = time.process_time() - start
     sessions = {kind: open_session(path, threads=1) for kind, path in files.items() if path.exists()}
     if name == "openvino":
         from whet.runtimes.openvino import OpenVINOSession
 
         sessions["float, automatic"] = OpenVINOSession(files["float"], 1, precision=None)
-    outputs = {kind: run(session, x) for kind, session in sessions.items()}
-    simulated = predict(made.model, x)
-    times = dict(zip(sessions, alternate(list(sessions.values()), x[:8], budget_s=6.0), strict=True))
+    outputs = {kind: run(session, case.x) for kind, session in sessions.items()}
+    simulated = predict(made.model, case.x)
     print(f"{name} {sessions['whet'].version}")
-    print(f"  {'':18}{'top-1':>8}{'ms p50':>9}{'bytes':>11}{'agrees':>9}{'dB to simulation':>18}")
-    for kind, session in sessions.items():
-        size = sum(item.stat().st_size for item in parts(files.get(kind, files["float"])))
-        agreed = np.mean(outputs[kind].argmax(1) == simulated.argmax(1))
-        noise = sqnr_db(simulated, outputs[kind])
-        p50 = times[kind].latency(batch=8, threads=session.threads).p50
-        print(f"  {kind:18}{top1(outputs[kind], y):8.2%}{p50:9.3f}{size:11,}{agreed:9.2%}{noise or np.inf:18.1f}")
-    print(f"  simulation        {top1(simulated, y):8.2%}")
-    low = sqnr_db(simulated, float_outputs)
-    bars = [
-        ("top-1", top1(outputs["whet"], y), ">=", LEAST_TOP1),
-        ("|file - simulation| in top-1", abs(top1(outputs["whet"], y) - top1(simulated, y)), "<=", 0.003),
-        (
-            "agreement with the simulation",
-            np.mean(outputs["whet"].argmax(1) == simulated.argmax(1)),
-            ">=",
-            LEAST_AGREEMENT[name],
-        ),
-        ("dB, file against simulation", sqnr_db(simulated, outputs["whet"]) or np.inf, ">=", (low or 0) + LEAST_GAIN_DB[name]),
-        ("seconds to quantize, imports done", min(took[1:])[0], "<=", 1.5 * seconds + 1),
-    ]
-    if "peer" in sessions:
-        against = duel(files["whet"], files["peer"], x[:8])
-        ratio = against["medians"]
-        size = {kind: sum(item.stat().st_size for item in parts(files[kind])) for kind in ("whet", "peer")}
-        bars += [
-            ("latency against the peer, upper end of 95 %", ratio[1], "<=", MOST_RATIO),
-            ("bytes against the peer", size["whet"] / size["peer"], "<=", MORE_BYTES),
-        ]
+    print_files(files, sessions, outputs, simulated, case)
+    against = duel(files["whet"], files["peer"], case.x[:8]) if "peer" in sessions else {}
+    bars = own_bars(name, outputs["whet"], simulated, min(took[1:])[0], case)
+    if against:
+        bars += peer_bars(files, against["medians"])
     for what, value, relation, bar in bars:
         reached = value >= bar if relation == ">=" else value <= bar
         print(f"  {'reached' if reached else 'MISSED '} {what}: {value:.4g} ({relation} {bar:.4g})")
-    if "peer" in sessions:
-        for what, interval in against.items():
-            print(f"  latency against the peer, {what}: {' '.join(f'{value:.3f}' for value in interval)}")
+    for what, interval in against.items():
+        print(f"  latency against the peer, {what}: {' '.join(f'{value:.3f}' for value in interval)}")
     total, solved = min(took[1:])
     print(
         f"  seconds to quantize: calibrate and solve {solved:.2f}, export {total - solved:.2f}; with imports {took[0][0]:.2f}; "
         f"peer, with imports, {peer_seconds:.2f}\n"
     )
+
+
+def whet_file(name: str, path: Path, case: Case) -> tuple[Any, list[tuple[float, float]]]:
+    """Whet's file, made several times: what was quantized, and the seconds of each time, all and without the export."""
+    took = []
+    for _ in range(REPEATS):  # the first also loads what exporting needs
+        start = time.process_time()
+        made = whet.quantize(case.model, whet.Quantize(), calibration=case.batches, target=name, progress=False)
+        middle = time.process_time()
+        made.export(path, overwrite=True)
+        took.append((time.process_time() - start, middle - start))
+    return made, took
+
+
+def print_files(
+    files: dict[str, Path],
+    sessions: dict[str, Session],
+    outputs: dict[str, np.ndarray],
+    simulated: np.ndarray,
+    case: Case,
+) -> None:
+    """A row for each file: how right, how fast, how large, and how near to the simulation it is."""
+    times = dict(zip(sessions, alternate(list(sessions.values()), case.x[:8], budget_s=6.0), strict=True))
+    print(f"  {'':18}{'top-1':>8}{'ms p50':>9}{'bytes':>11}{'agrees':>9}{'dB to simulation':>18}")
+    for kind, session in sessions.items():
+        size = bytes_of(files.get(kind, files["float"]))
+        agreed = np.mean(outputs[kind].argmax(1) == simulated.argmax(1))
+        noise = sqnr_db(simulated, outputs[kind])
+        p50 = times[kind].latency(batch=8, threads=session.threads).p50
+        print(f"  {kind:18}{top1(outputs[kind], case.y):8.2%}{p50:9.3f}{size:11,}{agreed:9.2%}{noise or np.inf:18.1f}")
+    print(f"  simulation        {top1(simulated, case.y):8.2%}")
+
+
+def own_bars(name: str, outputs: np.ndarray, simulated: np.ndarray, seconds: float, case: Case) -> list[Bar]:
+    """What Whet's file must reach by itself; `seconds` is what quantizing took."""
+    right = top1(outputs, case.y)
+    agreed = float(np.mean(outputs.argmax(1) == simulated.argmax(1)))
+    low = sqnr_db(simulated, case.float_outputs) or 0
+    return [
+        ("top-1", right, ">=", LEAST_TOP1),
+        ("|file - simulation| in top-1", abs(right - top1(simulated, case.y)), "<=", 0.003),
+        ("agreement with the simulation", agreed, ">=", LEAST_AGREEMENT[name]),
+        ("dB, file against simulation", sqnr_db(simulated, outputs) or np.inf, ">=", low + LEAST_GAIN_DB[name]),
+        ("seconds to quantize, imports done", seconds, "<=", 1.5 * case.seconds + 1),
+    ]
+
+
+def peer_bars(files: dict[str, Path], ratio: Sequence[float]) -> list[Bar]:
+    """What it must reach beside the peer's; `ratio` is the interval of the ratio of medians."""
+    return [
+        ("latency against the peer, upper end of 95 %", ratio[1], "<=", MOST_RATIO),
+        ("bytes against the peer", bytes_of(files["whet"]) / bytes_of(files["peer"]), "<=", MORE_BYTES),
+    ]
+
+
+def bytes_of(path: Path) -> int:
+    """The size of a file and of what belongs to it."""
+    return sum(item.stat().st_size for item in parts(path))
 
 
 def duel(mine: Path, its: Path, x: np.ndarray) -> dict[str, Sequence[float]]:
