@@ -59,7 +59,7 @@ def keras_resnet(width: int = 8) -> Any:
     from keras import layers
 
     def residual(x: Any, made: int, name: str, stride: int = 1) -> Any:
-        y = layers.Conv2D(made, 3, stride, padding="same", use_bias=False)(x)
+        y = layers.Conv2D(made, 3, stride, padding="valid", use_bias=False)(layers.ZeroPadding2D(1)(x))  # as PyTorch pads
         y = layers.ReLU()(layers.BatchNormalization(epsilon=1e-5)(y))
         y = layers.BatchNormalization(epsilon=1e-5)(layers.Conv2D(made, 3, padding="same", use_bias=False)(y))
         x = x if stride == 1 else layers.Conv2D(made, 1, stride)(x)

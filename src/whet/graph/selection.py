@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,25 +10,20 @@ import numpy.typing as npt
 
 from whet.errors import ModelError, SpecError
 from whet.graph.groups import Family, Gone, Groups, layer_named
+from whet.graph.named_groups import Eligible, named_families, named_gone
 from whet.graph.placement import selected
 from whet.numerics.allocation import ranked_counts, ranked_within, round_kept, uniform_counts
 from whet.numerics.criteria import normalised
-from whet.specs import Global, Head, Isomorphic, Prune
+from whet.specs import Global, Group, Head, Isomorphic, Prune
 
 Floats = npt.NDArray[np.float64]
 _STEPS = 30  # halvings of the fraction when a budget is met
 
 
-@dataclass(frozen=True, slots=True)
-class Eligible:
-    """families: what may lose groups; skipped: (layer, reason) of the rest."""
-
-    families: tuple[Family, ...]
-    skipped: tuple[tuple[str, str], ...]
-
-
 def eligible(groups: Groups, spec: Prune) -> Eligible:
     """The families of the granularity of `spec`, without those that it keeps and those of a single group."""
+    if isinstance(spec.granularity, Group):
+        return named_families(groups, spec.granularity)
     wanted = "head" if isinstance(spec.granularity, Head) else "channel"
     found, skipped = [], []
     for family in groups.families:
@@ -67,7 +61,9 @@ def choose(groups: Groups, families: Sequence[Family], scores: Sequence[Floats],
     Raises:
         ModelError: nothing would leave, or the budget of `spec` cannot be met.
     """
-    if spec.sparsity is not None:
+    if isinstance(spec.granularity, Group):
+        gone = named_gone(groups, spec.granularity)
+    elif spec.sparsity is not None:
         gone = _gone(groups, families, scores, _lost(groups, families, scores, spec, spec.sparsity))
     else:
         gone = _within_budget(groups, families, scores, spec)

@@ -105,7 +105,7 @@ class KerasBlocks:
         after = {key: name for name, key in _named(smaller).items()}
         moved = {name: after[key] for name, key in before.items() if key in after}
         made = copy(smaller)
-        note(made, _sizes(sizes, moved, tuple(names)))
+        note(made, _sizes(sizes, moved, tuple(i for i, name in enumerate(self._parts) if name in names)))
         half = keras.backend.standardize_dtype(work.compute_dtype) in ("float16", "bfloat16")
         error = output_error(expected, leaves(outputs(made, few)))
         if not error <= (_HALF if half else TOLERANCE) ** 2:
@@ -136,19 +136,23 @@ def _outputs(run: Evaluator, program: Program) -> Any:
     return substituted(program.outputs, {ref.name: to_numpy(run.value(0, ref.name)) for ref in refs(program.outputs)})
 
 
-def drop_again(model: Any, dropped: Sequence[Sequence[str]]) -> Any:
+def drop_again(model: Any, dropped: Sequence[Sequence[int]]) -> Any:
     """Another model of the original's kind without the blocks that were removed of it, in the same order.
+
+    Blocks are known by their places: Keras numbers the layers of every model that it builds anew.
 
     Raises:
         ModelError: it has no such block.
     """
-    for names in dropped:
+    for places in dropped:
         program = record(model, lambda call, path, program: [call], copied=model)
         parts, _ = _parts(program, lambda chosen: 0)
-        missing = [name for name in names if name not in parts]
-        if missing:
-            raise ModelError(f"The model given has no block {missing[0]!r}, which was removed before it was saved.")
-        model = copy(assemble(reduced(program, [parts[name] for name in names])))
+        known = list(parts.values())
+        if max(places) >= len(known):
+            raise ModelError(
+                f"The model given has {len(known)} layers that can leave, and of what was saved number {max(places)} had left."
+            )
+        model = copy(assemble(reduced(program, [known[place] for place in places])))
     return model
 
 
@@ -164,13 +168,13 @@ def _named(model: Any) -> dict[str, int]:
     return {name: id(item) for name, item in (*operations(model).items(), *named_weights(model).items())}
 
 
-def _sizes(sizes: Sizes | None, moved: Mapping[str, str], names: tuple[str, ...]) -> Sizes:
+def _sizes(sizes: Sizes | None, moved: Mapping[str, str], places: tuple[int, ...]) -> Sizes:
     """What was removed before, under the names of what is left, and these blocks."""
     if sizes is None:
-        return Sizes({}, {}, (names,))
+        return Sizes({}, {}, (places,))
     attributes = {moved[path]: row for path, row in sizes.attributes.items() if path in moved}
     shapes = {moved[name]: shape for name, shape in sizes.shapes.items() if name in moved}
-    return Sizes(attributes, shapes, (*sizes.dropped, names))
+    return Sizes(attributes, shapes, (*sizes.dropped, places))
 
 
 def reduced(program: Program, parts: Sequence[_Part]) -> Program:

@@ -20,24 +20,24 @@ _noted: weakref.WeakKeyDictionary[Any, Sizes] = weakref.WeakKeyDictionary()
 class Sizes:
     """What removal has made of a model: {layer or operation path: {attribute: value}}, and the shape of each smaller weight.
 
-    dropped: the names of the blocks that left, one tuple for each time that some did.
+    dropped: the places of the blocks that left among all that could, one tuple for each time that some did.
     """
 
     attributes: Mapping[str, Mapping[str, Any]]
     shapes: Mapping[str, tuple[int, ...]]
-    dropped: tuple[tuple[str, ...], ...] = ()
+    dropped: tuple[tuple[int, ...], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         attributes = {path: {key: _plain(value) for key, value in row.items()} for path, row in self.attributes.items()}
         plain = {"attributes": attributes, "shapes": {name: list(shape) for name, shape in self.shapes.items()}}
-        return plain | {"dropped": [list(names) for names in self.dropped]} if self.dropped else plain
+        return plain | {"dropped": [list(places) for places in self.dropped]} if self.dropped else plain
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Sizes:
         """What `to_dict` gave."""
         attributes = {path: {key: _tuples(value) for key, value in row.items()} for path, row in plain["attributes"].items()}
-        dropped = tuple(tuple(names) for names in plain.get("dropped", ()))
+        dropped = tuple(tuple(places) for places in plain.get("dropped", ()))
         return cls(attributes, {name: tuple(shape) for name, shape in plain["shapes"].items()}, dropped)
 
     def then(self, later: Sizes) -> Sizes:
@@ -128,7 +128,10 @@ def _set(operation: Any, name: str, value: Any) -> None:
         for tensor, shape in zip(operation.inputs, value, strict=True):
             tensor._shape = tensor._keras_history.operation._batch_shape = shape
         return
-    setattr(operation, name, value)
+    *inside, name = name.split(".")  # the cell of a recurrent layer holds its sizes
+    for part in inside:
+        operation = getattr(operation, part)
+    setattr(operation, name, list(value) if isinstance(getattr(operation, name), list) else value)
     if not isinstance(operation, keras.Layer):  # the configuration of an operation is what it was made with
         config = {key: item for key, item in operation.get_config().items() if key != "name"} | {name: value}
         operation._auto_config = type(operation._auto_config)(**config)

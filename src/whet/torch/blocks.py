@@ -81,10 +81,10 @@ class TorchBlocks:
     def __init__(self, model: Any, example: Any) -> None:
         self._model, self._example = model, example
         self._reading = read_model(model, example)
-        found, refused = _modules(self._reading)
-        self._passing, more = self._observed(found)
+        found = _modules(self._reading)
+        self._passing, skipped = self._observed(found)
         self.blocks = tuple(self._block(name) for name in found if name in self._passing)
-        self.skipped = (*refused, *more)
+        self.skipped = tuple(skipped)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -271,8 +271,8 @@ def _passing(args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Any) -> Pa
     return Passing(like[0], tuple(entry(item) for item in items))
 
 
-def _modules(reading: Reading) -> tuple[list[str], list[tuple[str, str]]]:
-    """Modules around which a shortcut leads, the innermost that hold an addition; additions of the model's own code."""
+def _modules(reading: Reading) -> list[str]:
+    """Modules around which a shortcut leads, the innermost that hold an addition, in execution order."""
     flows, inside = _flows(reading.program)
     order = {flow.name: flow for flow in flows}
     returned = [n.name for node in reading.program.graph.nodes if node.op == "output" for n in node.all_input_nodes]
@@ -289,12 +289,12 @@ def _modules(reading: Reading) -> tuple[list[str], list[tuple[str, str]]]:
             if len(found) == 1:
                 held[path] = found[0]
     chosen: list[str] = []
-    for path in sorted(held, key=lambda path: (path.count("."), path)):
+    for path in sorted((path for path in held if "@" not in path), key=lambda path: (path.count("."), path)):
         nested = {name for other in held if other.startswith(f"{path}.") for name in held[other]}
         if not set(held[path]) <= nested and not any(path.startswith(f"{outer}.") for outer in chosen):
             chosen.append(path)
     chosen.sort(key=lambda path: min(i for i, flow in enumerate(flows) if flow.name in held[path]))
-    return chosen, []
+    return chosen
 
 
 def _flows(program: Any) -> tuple[list[Flow], dict[str, set[str]]]:
@@ -330,6 +330,5 @@ def _role(node: Any, reads: list[Any]) -> str:
 
 
 def _stack(node: Any) -> list[str]:
-    """The paths of all modules whose forward holds this operation."""
-    stack = (node.meta.get("nn_module_stack") or {}).values()
-    return [str(path).removeprefix("L__self__").lstrip(".") for path, _ in stack]
+    """The paths of all modules whose forward holds this operation; of their second call on with "@1" behind."""
+    return [str(key).removeprefix("L__self__").lstrip(".") for key in node.meta.get("nn_module_stack") or {}]
