@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,17 @@ class Batches:
     def shuffled(self, seed: int) -> Iterator[tuple[Any, Any]]:
         """One pass in an order drawn from `seed`, where the data came as whole arrays."""
         return self._read(np.random.default_rng(seed))
+
+    def some(self, count: int, seed: int) -> list[tuple[Any, Any]]:
+        """At most `count` batches of the shuffled data.
+
+        Raises:
+            DataError: there is none.
+        """
+        found = list(islice(self.shuffled(seed), count))
+        if not found:
+            raise DataError(f"{self.what} held no batches.")
+        return found
 
     def __len__(self) -> int:
         """The number of batches; read once to find out where the data does not say."""

@@ -32,9 +32,9 @@ def test_blocks_erk_and_chance() -> None:
     assert kept / size == pytest.approx(0.5, abs=0.01)
 
 
-def test_what_is_not_there_yet_is_refused_by_name() -> None:
+def test_what_is_missing_is_named() -> None:
     model, inputs = zoo_keras.CASES["digits_cnn"]()
-    with pytest.raises(SpecError, match="Taylor needs gradients"):
+    with pytest.raises(SpecError, match="Taylor needs data for its gradients"):
         whet.prune(model, Prune(0.5, criterion=Taylor()))
     with pytest.raises(SpecError, match=r"Prune.rebuild='graph' is for PyTorch"):
         whet.prune(model, Prune(0.5, granularity=Channel(), rebuild="graph"), example=inputs)

@@ -211,7 +211,7 @@ def test_taylor_is_the_gradient_times_the_weight() -> None:
     model = randomize(keras.Model(i, L.Dense(1, name="out")(L.Dense(2, name="a")(i))))
     x, y = images(3, count=4), np.ones((4, 1), np.float32)
     model.trainable = False  # frozen weights have gradients too
-    slopes = gradients_for(model, Taylor(), Batches([(x, y)], "train"))
+    slopes = gradients_for(model, Batches([(x, y)], "train"), 8)
     gap = predict(model, x).astype(np.float64) - y
     expected = x.T @ (2 * gap / 4) @ np.array(model.get_layer("out").kernel).T
     np.testing.assert_allclose(slopes["a/kernel"], expected, rtol=1e-4, atol=1e-6)

@@ -86,9 +86,9 @@ def test_the_spec_chooses_the_formula_on_every_library() -> None:
 
 
 def test_what_is_missing_is_named() -> None:
-    with pytest.raises(SpecError, match="Taylor needs gradients: pass train= data"):
+    with pytest.raises(SpecError, match="Taylor needs data for its gradients: pass train="):
         criteria.weight_importance(Taylor(), W, None, xp=xp)
-    with pytest.raises(SpecError, match="Wanda looks at the inputs of layers: pass batches as train="):
+    with pytest.raises(SpecError, match="Wanda looks at the inputs of convolutions and linear layers: pass batches as train="):
         criteria.weight_importance(Wanda(), W, None, xp=xp)
     with pytest.raises(SpecError, match=r"weight's shape \(2, 2\), got \(2,\)"):
         criteria.weight_importance(UserCriterion(lambda w, g: w[0]), W, None, xp=xp)

@@ -58,7 +58,7 @@ def test_taylor_masks_are_those_of_the_gradient() -> None:
     made = whet.prune(model, Prune(0.5, criterion=Taylor(batches=1), include="head"), train=list(batches()))
     assert scores[made.masks["head.weight"] == 0].max() <= scores[made.masks["head.weight"] == 1].min()
     assert all(p.grad is None for p in model.parameters())
-    with pytest.raises(SpecError, match="Taylor needs gradients: pass train="):
+    with pytest.raises(SpecError, match="Taylor needs data for its gradients: pass train="):
         whet.prune(small(), Prune(0.5, criterion=Taylor()))
 
 

@@ -1,4 +1,4 @@
-"""What both sides' pruning of single weights shares: which weights, how many are gone, when masks are renewed, what is told."""
+"""What both sides' pruning of single weights shares: which weights, which of them go, what is told."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from whet.data import Batches
 from whet.errors import ModelError, SpecError
+from whet.graph.inputs import InputReader, Pattern
 from whet.graph.placement import selected, unmatched
 from whet.graph.views import Masks
+from whet.numerics.criteria import movement, random_scores, weight_importance
 from whet.numerics.histograms import Histogram, histogram
-from whet.numerics.masks import most_removed, patterned, unfit
+from whet.numerics.masks import most_removed, patterned, removed_counts, unfit
 from whet.numerics.namespace import Namespace
-from whet.numerics.schedules import Ramp, lay
+from whet.numerics.regrow import rigl
 from whet.records import Step
-from whet.specs import OneShot, Prune, from_dict, to_dict
-from whet.specs.base import check_integer
+from whet.specs import NM, Movement, OneShot, Prune, Random, SparseGPT, to_dict
 
 
 class Prunable(Protocol):
@@ -52,18 +54,25 @@ class Masker(ABC):
     noun: ClassVar[str]  # what the side calls a weight that can have a mask: parameter, kernel
     xp: ClassVar[Namespace]  # of the scores and masks
 
-    def __init__(self, model: Any, spec: Prune | None, masks: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: Any, spec: Prune | None, masks: Mapping[str, Any], data: Batches | None = None, loss: Any = None
+    ) -> None:
         """`masks` are those from before; without a spec they are held and never renewed.
+
+        data: batches for criteria that look at some; loss: of (outputs, targets) for their gradients, None for the default.
 
         Raises:
             ModelError: a mask that fits no weight, or a spec that would change nothing.
         """
+        self._model, self._data, self._loss = model, data, loss
         self.skipped: tuple[dict[str, str], ...] = ()
         self.unmatched: tuple[str, ...] = ()
         self._spec = spec
         self._chosen: tuple[Any, ...] = ()
         self._before: dict[str, Histogram | None] = {}
         self._removed: dict[str, Any] = {}  # weight name -> bool array of the side, True where removed
+        self._last: dict[str, Any] = {}  # for Movement: the weights after the last step, and the sums of their scores
+        self._moved: dict[str, Any] = {}
         self._read(model)
         for name, mask in masks.items():
             self._set(name, self._fit(name, mask))
@@ -92,8 +101,24 @@ class Masker(ABC):
         """Where `mask` is zero, as a bool array of the side, where the weight `name` lies."""
 
     @abstractmethod
-    def _scores(self, weight: Any, index: int, criterion: Any) -> Any:
-        """The importance of each of its values, -inf where removed already; `index` is its place among the chosen."""
+    def _floats(self, name: str) -> Any:
+        """A copy of the weight `name` as an array of the side, of 32 bits or more."""
+
+    @abstractmethod
+    def _put(self, array: Any, name: str) -> Any:
+        """A NumPy array as one of the side, where the weight `name` lies."""
+
+    @abstractmethod
+    def _statistics(self, criterion: Any) -> Mapping[str, Any]:
+        """By weight name what `weight_importance` needs beside the weight, as far as there is data, as arrays of the side."""
+
+    @abstractmethod
+    def _gradients(self, seed: int) -> Mapping[str, Any]:
+        """By weight name ∂L/∂w of one batch as arrays of the side; those of weights that are removed too."""
+
+    @abstractmethod
+    def _reader(self, data: Batches, batches: int) -> InputReader:
+        """What sees the inputs of the weights."""
 
     @abstractmethod
     def hold(self) -> None:
@@ -143,6 +168,8 @@ class Masker(ABC):
         if most_removed(sizes, gone, spec.fraction, spec.allocation, spec.granularity) == 0:
             self._nothing(f"sparsity {spec.fraction:g} is reached already, or removes less than one weight of any layer")
         self._before = {weight.name: histogram(self._values(weight.name)) for weight in chosen}
+        if isinstance(spec.criterion, Movement):
+            self._last = {weight.name: self._floats(weight.name) for weight in chosen}
 
     def _nothing(self, why: str) -> None:
         reasons = why or "; ".join(f"{row['name']}: {row['reason']}" for row in self.skipped[:8])
@@ -156,11 +183,73 @@ class Masker(ABC):
         """Remove the fraction `sparsity` of the chosen weights; what is removed already counts and stays removed."""
         if self._spec is None:
             return
-        scores = [self._scores(weight, i, self._spec.criterion) for i, weight in enumerate(self._chosen)]
+        if isinstance(self._spec.criterion, SparseGPT):
+            self._solve(self._spec.criterion, sparsity)
+            return
+        found = self._moved or self._statistics(self._spec.criterion)
+        scores = [self._scores(weight.name, i, found.get(weight.name)) for i, weight in enumerate(self._chosen)]
         axes = [(weight.out_axis, weight.in_axis) for weight in self._chosen]
         for weight, mask in zip(self._chosen, patterned(scores, axes, self._spec, sparsity, xp=self.xp), strict=True):
             old = self._gone(weight.name)
             self._set(weight.name, mask == 0 if old is None else (mask == 0) | old)
+        self.hold()
+
+    def _scores(self, name: str, index: int, statistic: Any) -> Any:
+        """The importance of each value of a weight, -inf where removed already; `index` is its place among the chosen."""
+        values, old, xp = self._floats(name), self._gone(name), self.xp
+        criterion = self._spec.criterion if self._spec is not None else None
+        if isinstance(criterion, Random):
+            scores = self._put(random_scores(criterion.seed, index, values.shape), name)
+        elif isinstance(criterion, Movement) and statistic is None and self._last:
+            scores = xp.full_like(values, 0.0)  # nothing has moved yet, and nothing is removed yet
+        else:
+            scores = weight_importance(criterion, values, statistic, xp=xp)
+        scores = xp.cast(scores, "float32")
+        return scores if old is None else xp.where(old, xp.full_like(scores, -math.inf), scores)
+
+    def _solve(self, criterion: SparseGPT, sparsity: float) -> None:
+        """`SparseGPT`, layer by layer: each on the inputs that the layers before, pruned already, give it."""
+        spec = self._spec
+        if spec is None or self._data is None:
+            raise SpecError("The criterion SparseGPT looks at the inputs of layers: pass batches as train=, targets or not.")
+        reader = self._reader(self._data, criterion.batches)
+        counts = removed_counts([self._shape(weight.name) or () for weight in self._chosen], sparsity, spec.allocation)
+        for weight, count in zip(self._chosen, counts, strict=True):
+            seen = reader.sums([weight.name], True).get(weight.name)
+            if seen is None:
+                raise SpecError(
+                    f"SparseGPT sees no input of {weight.name!r}, which no convolution or linear layer reads: name it in keep=."
+                )
+            pattern = None
+            if isinstance(spec.granularity, NM):
+                pattern = Pattern(spec.granularity.n, spec.granularity.m, weight.in_axis or 0)
+            old = None if weight.name not in self._removed else self.masks()[weight.name] == 0
+            values, mask = seen.solve(self._values(weight.name), count, pattern, old, criterion.block, criterion.damping)
+            reader.assign(weight.name, values)
+            self._set(weight.name, self._is_zero(weight.name, mask))
+        self.hold()
+
+    def observe(self) -> None:
+        """One training step was taken: note where weights have moved, for `Movement`. Called before `hold`."""
+        for name, last in self._last.items():
+            now = self._floats(name)
+            score = movement(last, now - last)
+            self._moved[name] = self._moved[name] + score if name in self._moved else score
+            self._last[name] = now
+
+    def regrow(self, fraction: float, seed: int) -> None:
+        """`RigL`: of the kept weights `fraction` with the least magnitude go, and as many with the largest gradient grow."""
+        gradients = self._gradients(seed)
+        for weight in self._chosen:
+            removed = self._gone(weight.name)
+            gradient = gradients.get(weight.name)
+            if removed is None or gradient is None:
+                raise SpecError(
+                    f"RigL needs the gradient of {weight.name!r}, and there is none: pass data= batches of (inputs, "
+                    "targets), or in PyTorch call step() after backward() and before zero_grad()."
+                )
+            kept = self.xp.cast(~removed, "float32")
+            self._set(weight.name, rigl(self._floats(weight.name), gradient, kept, fraction, xp=self.xp) == 0)
         self.hold()
 
     def reset(self, masks: Mapping[str, Any]) -> None:
@@ -182,6 +271,25 @@ class Masker(ABC):
                 rows.append(row | drawn)
         return tuple(rows)
 
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to go on: the masks, and for Movement its sums, as NumPy arrays."""
+        kept = {name: {key: np.asarray(value) for key, value in part.items()} for name, part in self._history().items()}
+        return {"masks": self.masks(), **{name: part for name, part in kept.items() if part}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`; the weights are loaded by others.
+
+        Raises:
+            ModelError: its masks do not fit this model.
+        """
+        self.reset(state["masks"])
+        for name, part in self._history().items():
+            part.clear()
+            part.update({key: self._put(np.asarray(value), key) for key, value in state.get(name, {}).items()})
+
+    def _history(self) -> dict[str, dict[str, Any]]:
+        return {"last": self._last, "moved": self._moved}
+
     @property
     def sparsity(self) -> float:
         """The fraction removed of all weights that have a mask; 0 without masks."""
@@ -191,71 +299,3 @@ class Masker(ABC):
     def step(self, spec: Prune, started: float) -> Step:
         """What was done so far, as a row of the report; `started` is the `time.perf_counter()` at its beginning."""
         return Step(to_dict(spec), self.changed(), self.skipped, time.perf_counter() - started, unmatched=self.unmatched)
-
-
-class ScheduledPruner:
-    """A schedule laid on the user's own loop: the masks are renewed where it says so and held after every step."""
-
-    _masker_class: ClassVar[type[Masker]]
-
-    def __init__(self, model: Any, spec: Prune, steps: int, *, masks: Masks | None = None) -> None:
-        """`steps` is the number of training steps that the schedule is laid on; `masks` are those from before.
-
-        Raises:
-            SpecError: the schedule does not fit into `steps`.
-            ModelError: nothing would change.
-        """
-        check_integer("Pruner.steps", steps, low=1)
-        self._spec, self._steps = spec, steps
-        self._ramp: Ramp = lay(spec, steps)
-        self._masker = self._masker_class(model, spec, masks or {})
-        self._step = 0
-        self._renew()
-
-    def _renew(self) -> None:
-        if self._ramp.renews(self._step):
-            self._masker.renew(self._ramp.sparsity(self._step))
-
-    def step(self) -> None:
-        """One training step was taken: hold the masks, and renew them where the schedule says so."""
-        self._step += 1
-        self._masker.hold()
-        self._renew()
-
-    def hold(self) -> None:
-        """Set removed weights to zero, as after weights were loaded."""
-        self._masker.hold()
-
-    @property
-    def sparsity(self) -> float:
-        """The fraction removed now, of the weights that are pruned."""
-        return self._masker.sparsity
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the final sparsity is in force: only then compare epochs, or begin early stopping's patience."""
-        return self._ramp.is_done(self._step)
-
-    @property
-    def masks(self) -> Masks:
-        """The masks by weight name: 1 where kept."""
-        return self._masker.masks()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that `load_state_dict` needs to go on, in plain values and NumPy arrays."""
-        return {"spec": to_dict(self._spec), "steps": self._steps, "step": self._step, "masks": self.masks}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken; the model's own weights are loaded by you, before or after.
-
-        Raises:
-            SpecError: `state` belongs to another spec or number of steps.
-            ModelError: its masks do not fit this model.
-        """
-        if from_dict(state["spec"]) != self._spec or state["steps"] != self._steps:
-            raise SpecError(
-                f"This state belongs to {from_dict(state['spec'])} over {state['steps']} steps, "
-                f"but the Pruner was made with {self._spec} over {self._steps}. Make it with the same."
-            )
-        self._masker.reset(state["masks"])
-        self._step = int(state["step"])

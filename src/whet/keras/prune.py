@@ -9,26 +9,29 @@ from typing import Any
 import keras
 import numpy as np
 
+from whet.data import Batches
 from whet.graph.masking import Masker as _Masker
-from whet.graph.masking import ScheduledPruner, check_one_shot
+from whet.graph.masking import check_one_shot
+from whet.graph.scheduling import ScheduledPruner
 from whet.graph.views import Masks
+from whet.keras.importance import gradients_for, statistics_for
+from whet.keras.inputs import InputReader
 from whet.keras.views import Kernel, kernels, to_numpy, unpruned, walk
-from whet.numerics.criteria import random_scores, weight_importance
 from whet.numerics.namespace import numpy_namespace as xp
 from whet.records import Step
-from whet.specs import Prune, Random
+from whet.specs import Prune
 
 
-def prune(model: Any, spec: Prune, *, masks: Masks, data: Any = None) -> tuple[Masks, Step]:
+def prune(model: Any, spec: Prune, *, masks: Masks, data: Batches | None = None) -> tuple[Masks, Step]:
     """*In place*: zero the least important weights at once. Weights masked before stay masked and count as removed.
 
     Raises:
-        SpecError: the schedule needs training.
+        SpecError: the schedule needs training, or the criterion data.
         ModelError: nothing would change.
     """
     check_one_shot(spec)
     started = time.perf_counter()
-    masker = Masker(model, spec, masks)
+    masker = Masker(model, spec, masks, data)
     masker.renew(spec.fraction)
     return masker.masks(), masker.step(spec, started)
 
@@ -61,14 +64,20 @@ class Masker(_Masker):
         super()._set(name, removed)
         self._tensors[name] = keras.ops.convert_to_tensor(removed, dtype="bool")
 
-    def _scores(self, weight: Kernel, index: int, criterion: Any) -> Any:
-        values = self._values(weight.name)
-        if isinstance(criterion, Random):
-            scores = random_scores(criterion.seed, index, values.shape).astype(np.float32)
-        else:
-            scores = weight_importance(criterion, values, None, xp=xp)
-        old = self._gone(weight.name)
-        return scores if old is None else np.where(old, np.float32(-np.inf), scores)
+    def _floats(self, name: str) -> Any:
+        return np.array(to_numpy(self._kernels[name].variable), np.float32)
+
+    def _put(self, array: Any, name: str) -> Any:
+        return array
+
+    def _statistics(self, criterion: Any) -> dict[str, Any]:
+        return statistics_for(self._model, criterion, self._data, self._loss)
+
+    def _gradients(self, seed: int) -> dict[str, Any]:
+        return {} if self._data is None else gradients_for(self._model, self._data, 1, loss=self._loss, seed=seed)
+
+    def _reader(self, data: Batches, batches: int) -> InputReader:
+        return InputReader(self._model, data, batches)
 
     def hold(self) -> None:
         """Set removed weights to zero again. Chosen, not multiplied: -1 · 0 is -0, which does not compress."""

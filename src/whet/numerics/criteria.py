@@ -100,9 +100,13 @@ def weight_importance(criterion: Any, weight: Array, statistic: Array | None, *,
         name = type(criterion).__name__
         if isinstance(criterion, FROM_INPUTS):
             raise SpecError(
-                f"The criterion {name} looks at the inputs of layers: pass batches as train= (targets are not needed)."
+                f"The criterion {name} looks at the inputs of convolutions and linear layers: pass batches as train=, and name "
+                "other layers in keep=."
             )
-        raise SpecError(f"The criterion {name} needs gradients: pass train= data to prune(), or call it after backward().")
+        raise SpecError(
+            f"The criterion {name} needs data for its gradients: pass train= batches of (inputs, targets), to a Pruner data=. "
+            "(In your own PyTorch loop those that backward() has left will do.)"
+        )
     match criterion:
         case Taylor() | SNIP():  # SNIP's division by the sum over all weights changes no rank
             return taylor(weight, statistic, xp=xp)

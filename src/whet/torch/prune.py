@@ -6,16 +6,19 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from whet.data import Batches
 from whet.graph.masking import Masker as _Masker
-from whet.graph.masking import ScheduledPruner, check_one_shot
+from whet.graph.masking import check_one_shot
+from whet.graph.scheduling import ScheduledPruner
 from whet.graph.views import Masks, WeightView
-from whet.numerics.criteria import random_scores, weight_importance
 from whet.records import Step
-from whet.specs import Fisher, Prune, Random
-from whet.torch.importance import gradients_for
+from whet.specs import Fisher, Prune, UserCriterion
+from whet.specs.criteria import FROM_GRADIENTS
+from whet.torch.importance import gradients_for, statistics_for
+from whet.torch.inputs import InputReader
 from whet.torch.namespace import xp
 from whet.torch.views import weight_views
 
@@ -29,8 +32,7 @@ def prune(model: Any, spec: Prune, *, masks: Masks, data: Batches | None = None)
     """
     check_one_shot(spec)
     started = time.perf_counter()
-    masker = Masker(model, spec, masks)
-    masker.gradients = gradients_for(model, spec.criterion, data)
+    masker = Masker(model, spec, masks, data)
     masker.renew(spec.fraction)
     return masker.masks(), masker.step(spec, started)
 
@@ -42,11 +44,6 @@ class Masker(_Masker):
     """
 
     noun, xp = "parameter", xp
-
-    def __init__(self, model: Any, spec: Prune | None, masks: Mapping[str, Any]) -> None:
-        """As for any side; `gradients` are as `gradients_for` gives them, without: those that training left."""
-        self.gradients: dict[str, Any] = {}
-        super().__init__(model, spec, masks)
 
     def _read(self, model: Any) -> None:
         self._parameters = dict(model.named_parameters())
@@ -65,19 +62,55 @@ class Masker(_Masker):
     def _is_zero(self, name: str, mask: Any) -> Any:
         return (torch.as_tensor(mask) == 0).to(self._parameters[name].device)
 
-    def _scores(self, weight: WeightView, index: int, criterion: Any) -> Any:
-        values = weight.array.detach()
-        values = values if values.dtype == torch.float64 else values.float()
-        if isinstance(criterion, Random):
-            scores = torch.from_numpy(random_scores(criterion.seed, index, values.shape)).to(values.device).float()
-        else:
-            gradient = self.gradients.get(weight.name)
-            if gradient is None and weight.array.grad is not None:
-                gradient = weight.array.grad.detach().to(values.dtype)
-                gradient = gradient**2 if isinstance(criterion, Fisher) else gradient
-            scores = weight_importance(criterion, values, gradient, xp=xp).float()
-        old = self._gone(weight.name)
-        return scores if old is None else scores.masked_fill(old, -torch.inf)
+    def _floats(self, name: str) -> Any:
+        values = self._parameters[name].detach()
+        return values.clone() if values.dtype == torch.float64 else values.to(torch.float32, copy=True)
+
+    def _put(self, array: Any, name: str) -> Any:
+        return torch.from_numpy(array).to(self._parameters[name].device)
+
+    def _statistics(self, criterion: Any) -> dict[str, Any]:
+        if self._data is not None:
+            found = statistics_for(self._model, criterion, self._data, self._loss)
+            return {name: value.to(self._parameters[name].device) for name, value in found.items()}
+        if not isinstance(criterion, (*FROM_GRADIENTS, UserCriterion)):
+            return {}
+        found = self._left()
+        return {name: gradient**2 for name, gradient in found.items()} if isinstance(criterion, Fisher) else found
+
+    def _left(self) -> dict[str, Any]:
+        """The gradients that training has left."""
+        return {name: p.grad.detach().float() for name, p in self._parameters.items() if p.grad is not None}
+
+    def _gradients(self, seed: int) -> dict[str, Any]:
+        left = self._left()
+        if self._data is None or all(weight.name in left for weight in self._chosen):
+            return left
+        return gradients_for(self._model, self._data, 1, loss=self._loss, seed=seed)
+
+    def _reader(self, data: Batches, batches: int) -> InputReader:
+        return InputReader(self._model, data, batches)
+
+    def renew(self, sparsity: float) -> None:
+        """Remove the fraction `sparsity` of the chosen weights; what is removed already counts and stays removed."""
+        super().renew(sparsity)
+        self._agree()
+
+    def regrow(self, fraction: float, seed: int) -> None:
+        """`RigL`: of the kept weights `fraction` with the least magnitude go, and as many with the largest gradient grow."""
+        super().regrow(fraction, seed)
+        self._agree()
+
+    def _agree(self) -> None:
+        """Where processes train together, each on data of its own, all take the masks of the first."""
+        distributed = torch.distributed
+        if self._data is None or not distributed.is_available() or not distributed.is_initialized():
+            return
+        for weight in self._chosen:
+            removed = self._removed[weight.name].to(torch.uint8)
+            distributed.broadcast(removed, 0)
+            self._removed[weight.name] = removed.bool()
+        self.hold()
 
     def _gone(self, name: str) -> Any:
         removed = self._removed.get(name)
@@ -111,7 +144,33 @@ class Pruner(ScheduledPruner):
 
     _masker_class = Masker
 
+    def __init__(self, model: Any, spec: Prune, steps: int, *, masks: Masks | None = None, data: Any = None) -> None:
+        """`steps` is the number of training steps that the schedule is laid on; `masks` are those from before.
+
+        `model` may be wrapped in DistributedDataParallel or compiled; names are those of the module inside. data: batches for
+        criteria that look at some, anew whenever masks are renewed. Without, those that need gradients take what backward()
+        has left: call `step()` before `zero_grad()`. Processes that train together take the masks of the first.
+
+        Raises:
+            SpecError: the schedule does not fit into `steps`.
+            ModelError: nothing would change.
+        """
+        super().__init__(inside(model), spec, steps, masks=masks, data=data)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on, in plain values and tensors (`torch.load` with `weights_only`)."""
-        state = super().state_dict()
-        return state | {"masks": {name: torch.from_numpy(mask) for name, mask in state["masks"].items()}}
+        return {key: _tensors(value) if key in _ARRAYS else value for key, value in super().state_dict().items()}
+
+
+_ARRAYS = ("masks", "last", "moved")
+
+
+def _tensors(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+
+
+def inside(model: Any) -> Any:
+    """The user's module inside DistributedDataParallel and `torch.compile`."""
+    while isinstance(model, torch.nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
