@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from whet.numerics.affine import spread
-from whet.numerics.levels import nearest_level
+from whet.numerics.levels import between, nearest_level
 from whet.numerics.namespace import Array, numpy_namespace
 from whet.specs.schemes import Scheme
 
@@ -38,13 +38,10 @@ class Codebook:
         if self.levels.ndim == 1:
             codes: npt.NDArray[np.int32] = nearest_level(scaled, self.levels, xp=numpy_namespace)
             return codes
-        below, not_above = np.zeros(array.shape, np.int32), np.zeros(array.shape, np.int32)
         middles = self.levels[..., 1:] / 2 + self.levels[..., :-1] / 2
-        for index in range(middles.shape[-1]):
-            middle = self._spread(middles[..., index], array.shape)
-            below += middle < scaled
-            not_above += middle <= scaled
-        return np.where(below % 2 == 0, below, not_above)
+        columns = (self._spread(middles[..., index], array.shape) for index in range(middles.shape[-1]))
+        found: npt.NDArray[np.int32] = between(scaled, columns, xp=numpy_namespace)
+        return found
 
     def decode(self, codes: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """What `codes` stand for."""

@@ -7,6 +7,7 @@ does; in the table of float8 that is the cast's own rule.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from statistics import NormalDist
 from typing import Any
 
@@ -105,14 +106,22 @@ def nearest_level(x: Array, levels: Array, *, xp: Namespace) -> Array:
     or wider. Values beyond the last level take it. Exactly half-way, the even code wins.
     """
     middles = levels[..., 1:] / 2 + levels[..., :-1] / 2
-    if len(levels.shape) == 1:
-        below, not_above = xp.searchsorted(middles, x, side="left"), xp.searchsorted(middles, x, side="right")
-    else:
-        below = not_above = xp.cast(xp.full_like(x, 0.0), "int32")
-        for index in range(int(middles.shape[-1])):
-            middle = middles[:, index : index + 1]
-            below = below + xp.cast(middle < x, "int32")
-            not_above = not_above + xp.cast(middle <= x, "int32")
+    if len(levels.shape) > 1:
+        return between(x, (middles[:, index : index + 1] for index in range(int(middles.shape[-1]))), xp=xp)
+    return _even(xp.searchsorted(middles, x, side="left"), xp.searchsorted(middles, x, side="right"), xp)
+
+
+def between(x: Array, middles: Iterable[Array], *, xp: Namespace) -> Array:
+    """The codes of `x` between `middles`, ascending, each of which broadcasts against `x`; on a middle the even code wins."""
+    below = not_above = xp.cast(xp.full_like(x, 0.0), "int32")
+    for middle in middles:
+        below = below + xp.cast(middle < x, "int32")
+        not_above = not_above + xp.cast(middle <= x, "int32")
+    return _even(below, not_above, xp)
+
+
+def _even(below: Array, not_above: Array, xp: Namespace) -> Array:
+    """The even code where `x` lies on a middle: how many middles lie below it, and how many not above, then differ."""
     return xp.where(below % 2 == 0, below, not_above)
 
 
