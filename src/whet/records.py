@@ -136,6 +136,10 @@ class Step:
     epochs count from 1; eligible: whether the epoch could be best (the pruning schedule was done).
 
     control: None, or how a search for what to quantize went: "adaptive" and "max_drop", see docs/report.md.
+    removal: None, or what is known of channels that left: "oracle" (the largest difference from the original with them
+    silenced, of the largest output) and "tolerance", "change" (the same from the original itself, before any training),
+    "silent", "constant" and "varying" (how many groups were zero, always another number, or neither), "folded" and "left"
+    (`{"layer", "channels", "largest", …}`: layers that took such numbers over, and those that could not, with the "reason").
     """
 
     spec: dict[str, Any]
@@ -145,6 +149,7 @@ class Step:
     train: dict[str, Any] | None = None
     unmatched: tuple[str, ...] = ()
     control: dict[str, Any] | None = None
+    removal: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The form of a step in report.json."""
@@ -156,6 +161,7 @@ class Step:
             "train": self.train,
             "unmatched": list(self.unmatched),
             "control": self.control,
+            "removal": self.removal,
         }
 
     @classmethod
@@ -169,6 +175,7 @@ class Step:
             plain["train"],
             tuple(plain.get("unmatched", ())),
             plain.get("control"),
+            plain.get("removal"),
         )
 
 

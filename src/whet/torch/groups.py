@@ -22,10 +22,11 @@ _ROWS = 2  # read with two examples: of one, every batch axis would look like a 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reading:
-    """Groups, and the program they were read from."""
+    """Groups, the program they were read from, and the inputs it was traced with."""
 
     groups: Groups
     program: Any
+    inputs: Any
 
 
 def groups(model: Any, example: Any) -> Groups:
@@ -58,7 +59,7 @@ def read_model(model: Any, example: Any, *, dynamic: bool = False) -> Reading:
             f"The channels of {type(model).__name__} cannot be followed: {first_line(cause)} Masks (granularity=Weight()) "
             "need no graph."
         ) from cause
-    return Reading(Groups(_structure(model, program, balanced=not dynamic), rows), program)
+    return Reading(Groups(_structure(model, program, balanced=not dynamic), rows), program, inputs)
 
 
 def _structure(model: Any, program: Any, *, balanced: bool) -> Structure:

@@ -18,10 +18,11 @@ from whet.graph.views import Masks
 from whet.records import Step
 from whet.specs import Prune, to_dict
 from whet.torch.attributes import Change
+from whet.torch.constants import fold_constants
 from whet.torch.groups import Reading, read_model
 from whet.torch.importance import scores_of
 from whet.torch.rebuild import keep_records, new_sizes, plain_record, rebuilt
-from whet.torch.surgery import SIZES, Surgeon, agree, note, noted, slice_optimizer
+from whet.torch.surgery import SIZES, Surgeon, departure, note, noted, slice_optimizer, tolerance_of
 
 
 def remove(
@@ -50,10 +51,16 @@ def remove(
         )
     gone = choose(groups, families, scores_of(model, families, spec.criterion, data), spec)
     kept, before = groups.kept(gone), dict(model.named_parameters(remove_duplicate=False))
-    if spec.rebuild is None:
-        record(model, surgeon.remove(gone))
-    else:
-        model = rebuild(model, reading, gone, surgeon, example)
+    original = surgeon.outputs()
+    constants = fold_constants(model, reading, gone)
+    try:
+        if spec.rebuild is None:
+            record(model, surgeon.remove(gone))
+        else:
+            model = rebuild(model, reading, gone, surgeon, example)
+    except ModelError:
+        constants.undo()
+        raise
     if optimizer is not None:
         after = dict(model.named_parameters(remove_duplicate=False))
         slice_optimizer(optimizer, {id(before[name]): (after[name], axes) for name, axes in kept.items() if name in before})
@@ -64,6 +71,12 @@ def remove(
         tuple({"name": name, "reason": reason} for name, reason in dict.fromkeys(skipped)),
         time.perf_counter() - started,
         unmatched=tuple(unmatched(dict.fromkeys(names, ()), (*spec.keep, *(spec.include or ())))),
+        removal={
+            "oracle": surgeon.departure,
+            "tolerance": tolerance_of(model),
+            "change": departure(model, example, original),
+            **constants.to_dict(),
+        },
     )
     return model, cut_masks(masks or {}, kept), step
 
@@ -79,7 +92,8 @@ def rebuild(model: Any, reading: Reading, gone: Gone, surgeon: Surgeon, example:
     with surgeon.silenced(gone):
         expected = surgeon.outputs()
     graph = rebuilt(model, reading, kept, sizes)
-    if not agree(graph, example, expected):
+    surgeon.departure = departure(graph, example, expected)
+    if not surgeon.departure <= tolerance_of(graph):
         raise ModelError(
             "The rebuilt graph is not the original with these channels silenced: an operation is followed wrongly (please "
             "report it). Name layers in keep= to find out which."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,6 +61,7 @@ class Surgeon:
         self._nodes = {node.name: node for node in reading.program.graph.nodes}
         self._inputs = to_tensors(example, device_of(model), dtype_of(model))
         self._names = holders(model)
+        self.departure = math.inf  # of the last comparison: the largest difference, of the largest output
 
     def outputs(self) -> list[Any]:
         """The model's outputs on the example, in inference mode."""
@@ -198,7 +200,8 @@ class Surgeon:
         return list(found.values())
 
     def _agrees(self, expected: list[Any]) -> bool:
-        return agree(self._model, self._inputs, expected)
+        self.departure = departure(self._model, self._inputs, expected)
+        return self.departure <= tolerance_of(self._model)
 
     def _cut(self, gone: Gone, undo: Undo) -> None:
         for name, axes in self._groups.kept(gone).items():
@@ -220,29 +223,44 @@ def _outputs(model: Any, inputs: Any) -> list[Any]:
 
 def agree(model: Any, inputs: Any, expected: list[Any]) -> bool:
     """Whether `model` runs on `inputs` and gives `expected`, to 1e-4 of the largest output (16-bit models: 3e-2)."""
+    return departure(model, inputs, expected) <= tolerance_of(model)
+
+
+def departure(model: Any, inputs: Any, expected: list[Any]) -> float:
+    """The `difference` between what `model` gives for `inputs` and `expected`; infinite where it does not run."""
     try:
-        found = _outputs(model, to_tensors(inputs, device_of(model), dtype_of(model)))
+        return difference(_outputs(model, to_tensors(inputs, device_of(model), dtype_of(model))), expected)
     except (DataError, ModelError):
-        return False
-    half = dtype_of(model) in (torch.float16, torch.bfloat16)
-    return equal(found, expected, _HALF_TOLERANCE if half else TOLERANCE)
+        return math.inf
+
+
+def tolerance_of(model: Any) -> float:
+    """How far its outputs may be from what is expected, of the largest output."""
+    return _HALF_TOLERANCE if dtype_of(model) in (torch.float16, torch.bfloat16) else TOLERANCE
 
 
 def equal(found: list[Any], expected: list[Any], tolerance: float = TOLERANCE) -> bool:
     """Whether the outputs have the same shapes and differ by at most `tolerance` of the largest value."""
+    return difference(found, expected) <= tolerance
+
+
+def difference(found: list[Any], expected: list[Any]) -> float:
+    """The largest difference of any output, over the largest value of that output; infinite where shapes or integers differ."""
     if len(found) != len(expected):
-        return False
+        return math.inf
+    worst = 0.0
     for one, two in zip(found, expected, strict=True):
         if one.shape != two.shape:
-            return False
+            return math.inf
         if one.size and two.dtype.kind == "f":
-            finite = two[np.isfinite(two)]
-            scale = float(np.abs(finite).max()) if finite.size else 1.0
-            if not np.allclose(one, two, rtol=0.0, atol=tolerance * max(scale, 1e-12), equal_nan=True):
-                return False
+            finite = np.isfinite(two)
+            if not np.array_equal(one[~finite], two[~finite], equal_nan=True):
+                return math.inf
+            gap = np.abs(one[finite].astype(np.float64) - two[finite]).max(initial=0.0)
+            worst = max(worst, float(gap / max(np.abs(two[finite]).max(initial=0.0), 1e-12)))
         elif not np.array_equal(one, two):
-            return False
-    return True
+            return math.inf
+    return worst if math.isfinite(worst) else math.inf
 
 
 def sliced(tensor: Any, axes: Mapping[int, IntArray]) -> Any:
