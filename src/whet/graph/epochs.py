@@ -177,13 +177,14 @@ class Epochs(ABC):
         """The mean loss over the batches of one epoch."""
         losses: list[float] = []
         for index, (inputs, targets) in enumerate(batches):
-            if self.ramp is not None and self.ramp.renews(self.step):
-                self.masker.renew(self.ramp.sparsity(self.step))
+            if self.ramp is not None:
+                self.masker.follow(self.ramp, self.step)
             where = f"epoch {epoch}, batch {index}"
             loss = self.train_on(inputs, targets, where)
             if loss is not None:
                 if not math.isfinite(loss):
                     raise ModelError(self._diverged(loss, where))
+                self.masker.observe()
                 self.masker.hold()  # momentum moves removed weights too, and is undone here
                 losses.append(loss)
             self.step += 1

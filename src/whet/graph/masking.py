@@ -21,6 +21,7 @@ from whet.numerics.histograms import Histogram, histogram
 from whet.numerics.masks import most_removed, patterned, removed_counts, unfit
 from whet.numerics.namespace import Namespace
 from whet.numerics.regrow import rigl
+from whet.numerics.schedules import Ramp
 from whet.records import Step
 from whet.specs import NM, Movement, OneShot, Prune, Random, SparseGPT, to_dict
 
@@ -109,6 +110,10 @@ class Masker(ABC):
         """A NumPy array as one of the side, where the weight `name` lies."""
 
     @abstractmethod
+    def _host(self, array: Any) -> npt.NDArray[Any]:
+        """An array of the side as a NumPy array."""
+
+    @abstractmethod
     def _statistics(self, criterion: Any) -> Mapping[str, Any]:
         """By weight name what `weight_importance` needs beside the weight, as far as there is data, as arrays of the side."""
 
@@ -178,6 +183,14 @@ class Masker(ABC):
         raise ModelError(
             f"Prune would change nothing in this model ({reasons}).{never} Raise sparsity=, or loosen keep= or include=."
         )
+
+    def follow(self, ramp: Ramp, step: int) -> None:
+        """Renew the masks, or move them, where the schedule says so before `step`."""
+        if ramp.renews(step):
+            self.renew(ramp.sparsity(step))
+        fraction = ramp.drop_fraction(step)
+        if fraction:
+            self.regrow(fraction, step)
 
     def renew(self, sparsity: float) -> None:
         """Remove the fraction `sparsity` of the chosen weights; what is removed already counts and stays removed."""
@@ -273,7 +286,7 @@ class Masker(ABC):
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs to go on: the masks, and for Movement its sums, as NumPy arrays."""
-        kept = {name: {key: np.asarray(value) for key, value in part.items()} for name, part in self._history().items()}
+        kept = {name: {key: self._host(value) for key, value in part.items()} for name, part in self._history().items()}
         return {"masks": self.masks(), **{name: part for name, part in kept.items() if part}}
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -33,21 +33,14 @@ class ScheduledPruner:
         self._ramp: Ramp = lay(spec, steps)
         self._masker = self._masker_class(model, spec, masks or {}, None if data is None else Batches(data, "data"))
         self._step = 0
-        self._renew()
-
-    def _renew(self) -> None:
-        if self._ramp.renews(self._step):
-            self._masker.renew(self._ramp.sparsity(self._step))
-        fraction = self._ramp.drop_fraction(self._step)
-        if fraction:
-            self._masker.regrow(fraction, self._step)
+        self._masker.follow(self._ramp, self._step)
 
     def step(self) -> None:
         """One training step was taken: hold the masks, and renew them where the schedule says so."""
         self._step += 1
         self._masker.observe()
         self._masker.hold()
-        self._renew()
+        self._masker.follow(self._ramp, self._step)
 
     def hold(self) -> None:
         """Set removed weights to zero, as after weights were loaded."""

@@ -22,6 +22,7 @@ from whet.keras.posttraining import quantize
 from whet.keras.prune import Pruner, prune
 from whet.keras.qat import finish, prepare, quantize_aware
 from whet.keras.quantize import FakeQuantize, simulate
+from whet.keras.regularizers import GroupLassoRegularizer, group_lasso
 from whet.keras.removal import remove
 from whet.keras.store import load_model, save_model
 from whet.keras.training import train
@@ -32,6 +33,7 @@ FRAMEWORK = "keras"
 __all__ = [
     "FRAMEWORK",
     "FakeQuantize",
+    "GroupLassoRegularizer",
     "Pruner",
     "PruningCallback",
     "binary_soft_targets",
@@ -43,6 +45,7 @@ __all__ = [
     "dkd",
     "export",
     "finish",
+    "group_lasso",
     "groups",
     "inspect",
     "layer_loss",

@@ -70,6 +70,9 @@ class Masker(_Masker):
     def _put(self, array: Any, name: str) -> Any:
         return array
 
+    def _host(self, array: Any) -> Any:
+        return array
+
     def _statistics(self, criterion: Any) -> dict[str, Any]:
         return statistics_for(self._model, criterion, self._data, self._loss)
 

@@ -18,6 +18,7 @@ from whet.keras.distill import Teacher
 from whet.keras.model import arrange, describe, predict, random_state_kept, short
 from whet.keras.objective import Objective
 from whet.keras.prune import Masker
+from whet.keras.regularizers import group_lasso
 from whet.keras.views import to_numpy, walk
 from whet.numerics.schedules import Ramp
 from whet.records import Step
@@ -38,10 +39,11 @@ def train(model: Any, spec: Train, run: TrainingRun) -> tuple[Masks, Step]:
     """
     started = time.perf_counter()
     ramp = run.ramp(spec)
-    with seeded(model, run.seed), on_device(run.device):
+    penalty = contextlib.nullcontext() if spec.group_lasso is None else group_lasso(model, spec.group_lasso.strength)
+    with seeded(model, run.seed), on_device(run.device), penalty:
         objective = Objective(spec, Teacher(run.teacher, model) if spec.distill is not None else None)
         objective.check(model, *run.train.first())
-        masker = Masker(model, spec.prune, run.masks)
+        masker = Masker(model, spec.prune, run.masks, run.train, spec.loss)
         judge = Judge(run, lambda inputs: predict(model, inputs))
         loop = _Loop(model, objective, spec, run, judge, masker, ramp)
         stop = loop.run()

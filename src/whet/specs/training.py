@@ -44,6 +44,21 @@ class EarlyStopping:
 
 @spec
 @dataclass(frozen=True, slots=True)
+class GroupLasso:
+    """Sparse training: `strength · Σ √|g| ‖w_g‖₂` joins the loss, over the outputs `g` of every weight (Wen et al. 2016,
+    arXiv:1608.03665, eq. 1; Yuan & Lin 2006).
+
+    It drives whole channels towards zero, which `Prune(…, granularity=Channel())` then removes at little loss.
+    """
+
+    strength: float = 1e-4
+
+    def __post_init__(self) -> None:
+        check_number("GroupLasso.strength", self.strength, low=0, high=1e3, open_low=True)
+
+
+@spec
+@dataclass(frozen=True, slots=True)
 class Train:
     """Train with Adam (Kingma & Ba 2015), a cosine learning-rate decay unless `decay=None`, and the given techniques.
 
@@ -57,7 +72,7 @@ class Train:
     weight_decay: float = 0.0
     decay: str | None = "cosine"
     loss: Callable[..., Any] | None = None
-    apply: tuple[Prune | Distill, ...] = ()
+    apply: tuple[Prune | Distill | GroupLasso, ...] = ()
     early_stopping: EarlyStopping | None = None
 
     def __post_init__(self) -> None:
@@ -71,8 +86,8 @@ class Train:
         check_type("Train.early_stopping", self.early_stopping, EarlyStopping, None)
         applied = tuple(self.apply) if isinstance(self.apply, list | tuple) else (self.apply,)
         for item in applied:
-            check_type("Train.apply", item, Prune, Distill)
-        for kind in (Prune, Distill):
+            check_type("Train.apply", item, Prune, Distill, GroupLasso)
+        for kind in (Prune, Distill, GroupLasso):
             if sum(isinstance(item, kind) for item in applied) > 1:
                 raise SpecError(
                     f"Train.apply takes at most one {kind.__name__}, got {sum(isinstance(i, kind) for i in applied)}."
@@ -88,3 +103,8 @@ class Train:
     def distill(self) -> Distill | None:
         """The distillation applied while training, if any."""
         return next((item for item in self.apply if isinstance(item, Distill)), None)
+
+    @property
+    def group_lasso(self) -> GroupLasso | None:
+        """The group lasso that joins the loss, if any."""
+        return next((item for item in self.apply if isinstance(item, GroupLasso)), None)

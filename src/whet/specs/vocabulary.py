@@ -68,7 +68,7 @@ from whet.specs.quantization import (
 from whet.specs.recipe import Metric, Recipe
 from whet.specs.schemes import NF4, Dynamic, Float, Int, KMeans, PerChannel, PerGroup, PerTensor, Piecewise, PowerOfTwo
 from whet.specs.target import Target
-from whet.specs.training import EarlyStopping, Train
+from whet.specs.training import EarlyStopping, GroupLasso, Train
 
 __all__ = [
     "AWQ",
@@ -111,6 +111,7 @@ __all__ = [
     "GeometricMedian",
     "Global",
     "Group",
+    "GroupLasso",
     "Head",
     "Int",
     "Isomorphic",

@@ -20,6 +20,7 @@ from whet.torch.posttraining import quantize
 from whet.torch.prune import Pruner, prune
 from whet.torch.qat import finish, prepare, quantize_aware
 from whet.torch.quantize import simulate
+from whet.torch.regularizers import group_lasso
 from whet.torch.removal import remove
 from whet.torch.store import load_model, save_model
 from whet.torch.torchao_tensors import to_torchao
@@ -40,6 +41,7 @@ __all__ = [
     "dkd",
     "export",
     "finish",
+    "group_lasso",
     "groups",
     "inspect",
     "layer_loss",

@@ -11,6 +11,7 @@ from whet.errors import DataError, ModelError
 from whet.specs import Train
 from whet.torch.distill import IGNORED, Teacher, classes_last, look_like_probabilities
 from whet.torch.model import call, describe, primary, to_tensors
+from whet.torch.regularizers import group_lasso
 
 
 class Objective:
@@ -34,6 +35,8 @@ class Objective:
             total = weight * self._supervised(outputs, targets)
         if self._teacher is not None and weight < 1:
             total = total + (1 - weight) * self._teacher.loss(outputs, inputs, targets)
+        if self._spec.group_lasso is not None:
+            total = total + group_lasso(model, self._spec.group_lasso.strength)
         if not total.requires_grad:
             raise ModelError(
                 "The loss does not depend on any trainable weight. Set requires_grad=True where training may change."

@@ -69,6 +69,9 @@ class Masker(_Masker):
     def _put(self, array: Any, name: str) -> Any:
         return torch.from_numpy(array).to(self._parameters[name].device)
 
+    def _host(self, array: Any) -> Any:
+        return array.cpu().numpy()
+
     def _statistics(self, criterion: Any) -> dict[str, Any]:
         if self._data is not None:
             found = statistics_for(self._model, criterion, self._data, self._loss)

@@ -43,7 +43,7 @@ def train(model: Any, spec: Train, run: TrainingRun) -> tuple[Masks, Step]:
         on_device(model, run.device) as where,
         teaching(spec.distill, run.teacher, model, where) as tutor,
     ):
-        masker = Masker(model, spec.prune, run.masks)
+        masker = Masker(model, spec.prune, run.masks, run.train, spec.loss)
         judge = Judge(run, lambda inputs: _predict(model, inputs, where))
         loop = _Loop(model, Objective(spec, tutor, where, dtype_of(model)), spec, run, judge, masker, ramp)
         stop = loop.run()
