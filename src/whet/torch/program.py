@@ -79,8 +79,13 @@ def trace_program(model: Any, inputs: Any, dynamic: Any, *, largest: int | None 
 
 
 def _called(model: Any) -> Any:
-    """`model` as torch.export must be given it: of a GraphModule it runs the graph alone, and would pass over our hooks."""
+    """`model` as torch.export must be given it: of a GraphModule it runs the graph alone, and would pass over our hooks.
+
+    One without our hooks stays: exported programs, made into modules, are GraphModules whose own hooks read the graph.
+    """
     if not isinstance(model, torch.fx.GraphModule):
+        return model
+    if interceptor_of(model) is None and _return_plain not in model._forward_hooks.values():
         return model
     made: Any = type(type(model).__name__, (torch.nn.Module,), {"forward": type(model).forward})
     shell = made.__new__(made)
