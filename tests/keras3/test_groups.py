@@ -67,17 +67,21 @@ def test_heads_of_attention_and_of_grouped_queries() -> None:
 def test_what_a_recurrent_layer_an_embedding_and_a_norm_hold() -> None:
     i = keras.Input((7,), dtype="int32")
     x = L.Dense(6, name="wide")(L.Embedding(20, 8, name="words")(i))
-    h = L.LSTM(4, name="lstm")(x)
+    h = L.LSTM(5, name="lstm")(L.LSTM(4, return_sequences=True, name="first")(x))
     model = keras.Model(i, L.Dense(3, name="out")(L.LayerNormalization(name="norm")(h)))
     found = groups(model, np.zeros((2, 7), np.int32))
     held = {family.name: members(family) for family in found.families}
+    units = {("first/lstm_cell/kernel", 1): 4, ("first/lstm_cell/recurrent_kernel", 0): 1}
+    units |= {("first/lstm_cell/recurrent_kernel", 1): 4, ("first/lstm_cell/bias", 0): 4, ("lstm/lstm_cell/kernel", 0): 1}
     assert held == {
         "words/embeddings": {("words/embeddings", 1): 1, ("wide/kernel", 0): 1},
-        "wide/kernel": {("wide/kernel", 1): 1, ("wide/bias", 0): 1, ("lstm/lstm_cell/kernel", 0): 1},
+        "wide/kernel": {("wide/kernel", 1): 1, ("wide/bias", 0): 1, ("first/lstm_cell/kernel", 0): 1},
+        "first/lstm_cell/kernel[1]": units,
     }
+    gates = next(m for m in found.named("first/lstm_cell/kernel[1]").members if m.tensor == "first/lstm_cell/bias")
+    np.testing.assert_array_equal(gates.positions[1], [1, 5, 9, 13])  # one column in each of four gates
     reasons = {row.tensor: row.reason for row in found.fixed}
-    assert reasons["lstm/lstm_cell/kernel"] == "the hidden size of a recurrent layer"
-    assert "norm" in reasons["norm/gamma"] or "recurrent" in reasons["norm/gamma"]
+    assert reasons["lstm/lstm_cell/bias"] == reasons["norm/gamma"] == "a layer norm takes statistics over it"
 
 
 def test_what_is_not_followed_is_fixed_and_named() -> None:

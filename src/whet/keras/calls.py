@@ -18,6 +18,7 @@ from whet.keras.views import kernels, walk
 
 Layer = Any
 Count = Callable[[IntArray], int]  # how many of these positions are left
+SHAPE = ".shape"  # behind a weight's name: an `Edit` of the shape that a layer's own code gives it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,12 +30,28 @@ class Edit:
     value: Callable[[Count], Any]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Own:
+    """A layer of the user's class, called as `layer(*args, **kwargs)` with a KerasTensor for every tensor of `inputs`.
+
+    edits: the sizes that its code gives to its weights and to the layers inside it.
+    """
+
+    path: str
+    layer: Layer
+    args: Any
+    kwargs: Any
+    inputs: list[Value]
+    edits: list[Edit] = field(default_factory=list)
+
+
 @dataclass(slots=True, eq=False)
 class Reader:
     """What reading a model gathers: the structure, attributes that hold sizes, and sites whose sizes can be written.
 
     names: of every weight, by the variable's id. outs: the axis of what a kernel produces, likewise. operations: by path.
     is_traced: the operations outside layers are the code of a subclassed model, in which no size can be written.
+    own: the user's layers that were read by what their code does. opened: the one whose code is being read.
     """
 
     names: dict[int, str]
@@ -44,6 +61,15 @@ class Reader:
     edits: list[Edit] = field(default_factory=list)
     writable: set[str] = field(default_factory=set)
     operations: dict[str, Any] = field(default_factory=dict)
+    own: list[Own] = field(default_factory=list)
+    opened: Own | None = None
+
+    def note(self, edit: Edit) -> None:
+        """An attribute holds sizes."""
+        if self.opened is None or self.is_traced:
+            self.edits.append(edit)
+        elif edit.attribute != "input_spec":  # which the layer infers when it is built
+            self.opened.edits.append(edit)
 
     def hold(self, variable: Any) -> Value:
         """The ids of a weight."""
@@ -115,11 +141,12 @@ class Call:
 
     def edit(self, attribute: str, value: Callable[[Count], Any], path: str | None = None) -> None:
         """An attribute of the operation holds sizes."""
-        self.reader.edits.append(Edit(self.path if path is None else path, attribute, value))
+        self.reader.note(Edit(self.path if path is None else path, attribute, value))
 
     def site(self, attribute: str, value: Callable[[Count], Any]) -> None:
         """The sizes that this call's site speaks of are in an attribute, which can be written unless it is a model's code."""
-        if isinstance(self.op, keras.Layer) or (not self.reader.is_traced and self.op._auto_config is not None):
+        own = self.reader.is_traced or self.reader.opened is not None  # the code of a model or layer of the user's
+        if isinstance(self.op, keras.Layer) or (not own and self.op._auto_config is not None):
             self.edit(attribute, value)
             self.reader.writable.add(self.name)
 

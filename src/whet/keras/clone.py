@@ -176,6 +176,34 @@ def _traced(model: Model, example: Any) -> Any:
         raise ModelError(f"{sentence} Tracing it failed: {short(cause)}") from cause
 
 
+def opened(layer: Layer, path: str, args: Any, kwargs: Mapping[str, Any], model: Model) -> Program:
+    """What the code of a layer inside `model` does, traced on symbolic tensors: its inner layers' calls and its `keras.ops`.
+
+    args, kwargs: of the call, with a KerasTensor for every tensor.
+
+    Raises:
+        ModelError: the layer's code does more than that.
+    """
+    given = keras.tree.map_structure(_entered, (args, dict(kwargs)))
+    entries = [leaf for leaf in keras.tree.flatten(given) if isinstance(leaf, keras.KerasTensor)]
+    known = inspect.signature(layer.call).parameters
+    training = {"training": False} if "training" in known else {}
+    try:
+        function = keras.Function(entries, layer.call(*given[0], **{**given[1], **training}))
+    except Exception as cause:
+        raise ModelError(f"The code of {path!r} ({type(layer).__name__}) cannot be traced: {short(cause)}") from cause
+    inputs = [Ref(f"input:{i}", tuple(t.shape), str(t.dtype)) for i, t in enumerate(entries)]
+    program = Program(path, [], inputs, None, [])
+    paths = {id(inner): name for name, inner in walk(model)}
+    program.outputs = _visit(function, inputs, f"{path}/", paths, lambda call, path, program: [call], program)
+    return program
+
+
+def _entered(leaf: Any) -> Any:
+    is_tensor = isinstance(leaf, keras.KerasTensor)
+    return keras.KerasTensor(leaf.shape, leaf.dtype) if is_tensor else leaf
+
+
 def _visit(function: Any, inputs: list[Ref], prefix: str, paths: dict[int, str], lower: Lower, program: Program) -> Any:
     """Record the calls of one layer graph on `inputs`; nested graphs are visited where they are called."""
     known: dict[int, Ref] = {id(tensor): ref for tensor, ref in zip(function.inputs, inputs, strict=True)}

@@ -34,7 +34,6 @@ _GLOBAL = (
     *(L.GlobalMaxPooling1D, L.GlobalMaxPooling2D, L.GlobalMaxPooling3D),
     *(L.GlobalAveragePooling1D, L.GlobalAveragePooling2D, L.GlobalAveragePooling3D),
 )
-_CELLS = (L.LSTMCell, L.GRUCell, L.SimpleRNNCell)
 _OVERRIDES = {"call", "__call__", "build", "kernel", "bias", "activation", "convolution_op"}
 
 
@@ -236,26 +235,6 @@ def _attention(call: Call) -> Value:
     else:
         call.edit("_num_heads", lambda count: count(q[2]))
     return made
-
-
-@rule(L.RNN, L.LSTM, L.GRU, L.SimpleRNN)
-def _recurrent(call: Call) -> list[Value]:
-    cell = call.op.cell
-    if not isinstance(cell, _CELLS) or len(call.inputs) > 1:
-        raise ValueError("a cell of another kind")
-    kernel = _required(call, "kernel", cell)
-    call.s.ids.unite(call.x[2], kernel[0])
-    call.s.ids.contract(kernel[0])
-    call.s.fix(call.x, SPATIAL, [1])
-    reason = "the hidden size of a recurrent layer"
-    call.s.fix(kernel, reason, [1])
-    for variable in cell.weights:
-        if variable is not cell.kernel:
-            call.s.fix(call.reader.hold(variable), reason)
-    call.s._count(call.path, (len(call.x[0]), len(call.x[1])), (kernel[0], kernel[1]))
-    recurrent = _required(call, "recurrent_kernel", cell)
-    call.s._count(call.path, (len(call.x[0]), len(call.x[1])), (recurrent[0], recurrent[1]))
-    return [call.s.fresh(shape, reason) for shape in call.shapes]
 
 
 @rule(L.BatchNormalization)

@@ -11,10 +11,11 @@ from whet.data import rows
 from whet.errors import ModelError
 from whet.graph.groups import Groups
 from whet.graph.ids import Value
-from whet.keras import clone, dimensions, operations
-from whet.keras.calls import Call, Count, Edit, Reader, reader_of
+from whet.keras import clone, dimensions, operations, recurrent_dimensions
+from whet.keras.calls import SHAPE, Call, Count, Edit, Own, Reader, reader_of
 from whet.keras.clone import Program, record, refs, substituted
 from whet.keras.model import arrange, copy, short
+from whet.keras.views import own_weights
 
 INPUT, OUTPUT = "an input of the model", "an output of the model"
 _ROWS = 2  # a batch of one would look like a constant
@@ -49,7 +50,7 @@ def read_model(model: Any, example: Any) -> Reading:
     given = arrange(model, example)
     program = record(model, lambda call, path, program: [call], given, copied=model)
     reader = reader_of(model)
-    _read(program, reader, keras.tree.flatten(given))
+    _read(program, reader, keras.tree.flatten(given), model)
     for variable in model.weights:
         known = reader.names.get(id(variable))
         if known is not None and known not in reader.structure.held:
@@ -58,7 +59,7 @@ def read_model(model: Any, example: Any) -> Reading:
     return Reading(Groups(reader.structure, _ROWS if rows(example) else 1), reader)
 
 
-def _read(program: Program, reader: Reader, example: list[Any]) -> None:
+def _read(program: Program, reader: Reader, example: list[Any], model: Any) -> None:
     structure = reader.structure
     values: dict[str, Value] = {}
     specs: dict[str, Any] = {}
@@ -66,19 +67,55 @@ def _read(program: Program, reader: Reader, example: list[Any]) -> None:
         shape = (_ROWS, *(int(n) if n is not None else int(m) for n, m in zip(ref.shape[1:], array.shape[1:], strict=True)))
         specs[ref.name] = keras.KerasTensor(shape, ref.dtype)
         values[ref.name] = structure.fresh(shape, INPUT)
-    for call in program.calls:
-        found = _spec(call, *substituted((call.args, call.kwargs), specs))
-        made = keras.tree.flatten(found)
-        shapes = [tuple(int(n) for n in tensor.shape) for tensor in made]
-        reader.operations[call.node.layer] = call.operation
-        outputs = read(Call(reader, call, values, shapes))
-        for ref, spec, value in zip(refs(call.outputs), made, outputs, strict=True):
-            specs[ref.name], values[ref.name] = spec, value
-    for path, inner, given in program.inner:
-        reader.operations[path] = inner
-        reader.edits.append(_input_shapes(path, inner, [values[ref.name] for ref in given]))
+    _follow(program, reader, values, specs, model)
     for ref in refs(program.outputs):
         structure.fix(values[ref.name], OUTPUT)
+
+
+def _follow(program: Program, reader: Reader, values: dict[str, Value], specs: dict[str, Any], model: Any) -> None:
+    """Read the calls of `program`, in order; `values` and `specs` hold its inputs, and get all that it makes."""
+    for call in program.calls:
+        given = substituted((call.args, call.kwargs), specs)
+        made = keras.tree.flatten(_spec(call, *given))
+        shapes = [tuple(int(n) for n in tensor.shape) for tensor in made]
+        reader.operations[call.node.layer] = call.operation
+        one = Call(reader, call, values, shapes)
+        outputs = _opened(one, given, model) if _is_own(one) else read(one)
+        for ref, spec, value in zip(refs(call.outputs), made, outputs, strict=True):
+            specs[ref.name], values[ref.name] = spec, value
+    for path, inner, entered in program.inner:
+        reader.operations[path] = inner
+        reader.note(_input_shapes(path, inner, [values[ref.name] for ref in entered]))
+
+
+def _is_own(call: Call) -> bool:
+    """Whether it is a layer of the user's own class, to be read by what its code does."""
+    layer = call.op
+    if not isinstance(layer, keras.Layer) or isinstance(layer, keras.layers.Wrapper | keras.layers.Lambda):
+        return False
+    return _rule(call) is None and not type(layer).__module__.startswith("keras.src.layers.")
+
+
+def _opened(call: Call, given: Any, model: Any) -> list[Value]:
+    """The ids of what a layer of the user's makes, read from the calls inside it; all is fixed where it cannot be traced."""
+    reader, outer = call.reader, call.reader.opened
+    try:
+        program = clone.opened(call.op, call.path, given[0], given[1], model)
+    except ModelError as cause:
+        return call.unknown(f"{type(call.op).__name__} in {call.path} cannot be followed: {short(cause)}")
+    entries, tensors = refs(program.inputs), [leaf for leaf in keras.tree.flatten(given) if isinstance(leaf, keras.KerasTensor)]
+    own = reader.opened = Own(call.path, call.op, given[0], given[1], call.inputs)
+    values = {ref.name: value for ref, value in zip(entries, call.inputs, strict=True)}
+    _follow(program, reader, values, {ref.name: spec for ref, spec in zip(entries, tensors, strict=True)}, model)
+    for variable in own_weights(call.op):
+        reader.note(_shape_of(call.path, variable, reader.hold(variable)))
+    reader.own.append(own)
+    reader.opened = outer
+    return [values[ref.name] for ref in refs(program.outputs)]
+
+
+def _shape_of(path: str, variable: Any, held: Value) -> Edit:
+    return Edit(path, f"{variable.name}{SHAPE}", lambda count: tuple(count(axis) for axis in held))
 
 
 def _spec(call: clone.Call, args: Any, kwargs: Any) -> Any:
@@ -110,10 +147,15 @@ def _input_shapes(path: str, inner: Any, given: list[Value]) -> Edit:
     return Edit(path, "input_shapes", shapes)
 
 
+def _rule(call: Call) -> Any:
+    if isinstance(call.op, keras.Layer):
+        return dimensions.rule_of(call.op) or recurrent_dimensions.rule_of(call.op)
+    return operations.rule_of(call.op)
+
+
 def read(call: Call) -> list[Value]:
     """The ids of what `call` makes: by its rule, where that gives what the call does."""
-    is_layer = isinstance(call.op, keras.Layer)
-    rule = dimensions.rule_of(call.op) if is_layer else operations.rule_of(call.op)
+    rule = _rule(call)
     if rule is None or call.kwargs.get("training"):
         return call.unknown()
     try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import keras
+
 from whet.graph import moves
 from whet.graph.ids import Value
 from whet.keras.calls import Call, Count
@@ -55,7 +57,9 @@ def _mixes(call: Call) -> Value:
 @rule("Matmul")
 def _matmul(call: Call) -> Value:
     left, right = call.operands()
-    return call.s.matmul(left, right, layer=call.path)
+    leaves = keras.tree.flatten((call.args, call.kwargs))
+    held = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, keras.Variable)), None)
+    return call.s.matmul(left, right, weight=held, layer=call.path)
 
 
 @rule("Einsum")

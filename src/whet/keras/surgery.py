@@ -12,12 +12,13 @@ import numpy as np
 from whet.data import leaves
 from whet.errors import DataError, ModelError
 from whet.graph.groups import Family, Gone
-from whet.graph.ids import IntArray
+from whet.graph.ids import Ids, IntArray
+from whet.keras.calls import SHAPE, Count, Edit, Own, Reader
 from whet.keras.clone import has_graph
 from whet.keras.groups import Reading
 from whet.keras.model import arrange, copy, short
 from whet.keras.sizes import Sizes, named_weights, note, noted, put, write
-from whet.keras.views import to_numpy
+from whet.keras.views import own_weights, to_numpy, walk
 
 TOLERANCE = 1e-4  # of the largest output; float arithmetic in another order
 _HALF_TOLERANCE = 3e-2  # of 16-bit models
@@ -26,23 +27,72 @@ _ROWS = 8  # of the example, that the outputs are compared on
 
 def refused(reading: Reading, families: tuple[Family, ...]) -> dict[str, str]:
     """Families whose sizes are written where Whet cannot change them: by name the reason."""
-    found = {}
+    found, ids = {}, reading.groups.structure.ids
     for family in families:
         fixed = [name for name in family.sites if name not in reading.reader.writable]
+        count = _counter(ids, reading.groups.gone([family.roots[:1]]))
+        for own in reading.reader.own:
+            changed = [edit for edit in own.edits if edit.value(len) != edit.value(count)]
+            if changed and not _fits_again(own, changed, reading.reader, count):
+                fixed += [f"{edit.path}.{edit.attribute}" for edit in changed]
         if fixed:
             found[family.name] = f"the model's own code fixes its size ({', '.join(fixed)})"
     return found
 
 
-def sizes_without(reading: Reading, gone: Gone) -> Sizes:
-    """The attributes and shapes that change when these groups leave."""
-    ids, held = reading.groups.structure.ids, reading.groups.structure.held
+def _fits_again(own: Own, changed: list[Edit], reader: Reader, count: Count) -> bool:
+    """Whether a layer of the user's, made again from its configuration and called on smaller inputs, takes the new sizes."""
+    smaller = iter([tuple(map(count, value)) for value in own.inputs])
+
+    def less(leaf: Any) -> Any:
+        return keras.KerasTensor(next(smaller), leaf.dtype) if isinstance(leaf, keras.KerasTensor) else leaf
+
+    args, kwargs = keras.tree.map_structure(less, (own.args, own.kwargs))
+    try:
+        draft = type(own.layer).from_config(own.layer.get_config())
+        twins = _twins(own.layer, draft)
+        for edit in changed:
+            if not edit.attribute.endswith(SHAPE):
+                write({edit.path: twins[id(reader.operations[edit.path])]}, {edit.path: {edit.attribute: edit.value(count)}})
+        again = type(own.layer).from_config(draft.get_config())
+        again(*args, **kwargs)
+        twins = _twins(own.layer, again)
+    except Exception:  # its code does not take smaller inputs: what is read there stays, and is named
+        return False
+    return all(_size(twins[id(reader.operations[edit.path])], edit.attribute) == edit.value(count) for edit in changed)
+
+
+def _twins(layer: Any, again: Any) -> dict[int, Any]:
+    """For the layer and each layer inside it, by id, the one in its place in `again`."""
+    both = ([one, *(inner for _, inner in walk(one))] for one in (layer, again))
+    return {id(old): new for old, new in zip(*both, strict=True)}
+
+
+def _size(layer: Any, attribute: str) -> Any:
+    """An attribute, or `<name>.shape` of a weight."""
+    if attribute.endswith(SHAPE):
+        name = attribute.removesuffix(SHAPE)
+        return next((tuple(weight.shape) for weight in own_weights(layer) if weight.name == name), None)
+    for part in attribute.split("."):
+        layer = getattr(layer, part, None)
+    return layer
+
+
+def _counter(ids: Ids, gone: Gone) -> Count:
+    """How many positions of an axis are left."""
 
     def left(axis: IntArray) -> int:
         return int((~gone[ids.find(axis)]).sum())
 
+    return left
+
+
+def sizes_without(reading: Reading, gone: Gone) -> Sizes:
+    """The attributes and shapes that change when these groups leave."""
+    held, left = reading.groups.structure.held, _counter(reading.groups.structure.ids, gone)
     attributes: dict[str, dict[str, Any]] = {}
-    for edit in reading.reader.edits:
+    inside = (edit for own in reading.reader.own for edit in own.edits if not edit.attribute.endswith(SHAPE))
+    for edit in (*reading.reader.edits, *inside):
         old, new = edit.value(len), edit.value(left)
         if old != new:
             row = attributes.setdefault(edit.path, {})
