@@ -23,6 +23,7 @@ from whet.keras.prune import Pruner, prune
 from whet.keras.qat import finish, prepare, quantize_aware
 from whet.keras.quantize import FakeQuantize, simulate
 from whet.keras.regularizers import GroupLassoRegularizer, group_lasso
+from whet.keras.removable import removable, timed_layers
 from whet.keras.removal import remove
 from whet.keras.store import load_model, save_model
 from whet.keras.training import train
@@ -57,10 +58,12 @@ __all__ = [
     "quantize",
     "quantize_aware",
     "regression",
+    "removable",
     "remove",
     "save_model",
     "simulate",
     "soft_targets",
+    "timed_layers",
     "train",
     "validate",
     "variants",

@@ -183,7 +183,7 @@ def run_recipe(recipe: Recipe, job: Job) -> Compressed:
             )
             made.masks, record = made.side.train(made.float_model, step, run)
         elif isinstance(step, Prune):
-            record = prune_step(made, step, job.train)
+            record = prune_step(made, step, job.train, job.target, progress=job.progress)
         else:
             calibration = _some(job.train, CALIBRATION_EXAMPLES, job.seed)
             record = quantize_step(

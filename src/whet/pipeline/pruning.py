@@ -9,13 +9,18 @@ from whet.errors import DataError
 from whet.graph.groups import Groups
 from whet.pipeline.blocks import remove_blocks
 from whet.pipeline.compressed import Compressed, plain_model
+from whet.pipeline.latency import prune_to_latency
 from whet.pipeline.side import side_of
 from whet.records import Step
-from whet.specs import Layer, Prune
+from whet.specs import Layer, Prune, Target, find_target
 
 
-def prune_step(compressed: Compressed, spec: Prune, data: Batches | None) -> Step:
-    """*In place*: prune the float model of `compressed` as `spec` says; `data` is for criteria that need gradients.
+def prune_step(
+    compressed: Compressed, spec: Prune, data: Batches | None, target: Target | None = None, *, progress: bool = False
+) -> Step:
+    """*In place*: prune the float model of `compressed` as `spec` says; `data` is for criteria that need it.
+
+    target: whose file a latency is measured on, by default the framework's own.
 
     Raises:
         DataError: removal follows channels and has no example to trace with.
@@ -28,6 +33,9 @@ def prune_step(compressed: Compressed, spec: Prune, data: Batches | None) -> Ste
         raise DataError("Removing channels or heads traces the model and needs a batch: pass example= or train=.")
     if isinstance(spec.granularity, Layer):
         return remove_blocks(compressed, spec, data)
+    if spec.latency is not None:
+        rules = find_target(None, compressed.side.FRAMEWORK) if target is None else target
+        return prune_to_latency(compressed, spec, data, rules, progress=progress)
     compressed.float_model, compressed.masks, step = compressed.side.remove(
         compressed.float_model, spec, example=compressed.example, masks=compressed.masks, data=data
     )

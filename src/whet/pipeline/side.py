@@ -7,6 +7,7 @@ objects. Functions marked *in place* are only ever given Whet's own copy.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from whet.errors import ModelError, require
 from whet.graph.epochs import TrainingRun
 from whet.graph.groups import Groups
 from whet.graph.placement import Plan
+from whet.graph.removable import Removable, TimedLayer
 from whet.graph.shortcuts import Blocks
 from whet.graph.summary import Summary
 from whet.graph.variants import Variants
@@ -46,6 +48,12 @@ class Side(Protocol):
         self, model: Model, spec: Prune, *, example: Any, masks: Masks, data: Batches | None = None
     ) -> tuple[Model, Masks, Step]:
         """*In place* where it can be: remove channels or heads. The smaller model, masks without them, and what was done."""
+
+    def removable(self, model: Model, spec: Prune, *, example: Any, data: Batches | None) -> Removable:
+        """The families of `model` that may lose groups, with their scores; `model` is unchanged."""
+
+    def timed_layers(self, model: Model, example: Any) -> Sequence[TimedLayer]:
+        """The layers with weights that can be built alone at any width."""
 
     def blocks(self, model: Model, example: Any) -> Blocks:
         """The whole layers of `model` that can leave."""

@@ -73,6 +73,7 @@ def prune(
     train: Any = None,
     val: Any = None,
     metric: Any = None,
+    target: str | Target | None = None,
     example: Any = None,
     seed: int = 0,
     device: str | None = None,
@@ -82,6 +83,7 @@ def prune(
 
     `Channel()` and `Head()` remove instead, and the result is checked against the original with what left silenced; they need
     `example` or `train`, and with `fit` the smaller model is trained after. Criteria of gradients take `train` too.
+    `Layer()` removes whole layers, `Group(…)` what you name. With `latency=` the file of `target` is timed.
 
     Raises:
         SpecError: a schedule without training, or one that cannot reach its target in the given steps.
@@ -92,7 +94,7 @@ def prune(
         if train is None:
             raise DataError("prune(fit=Train(…)) trains, and needs train= data.")
         if spec.removes:
-            smaller = prune(model, spec, train=train, example=example, seed=seed)
+            smaller = prune(model, spec, train=train, target=target, example=example, seed=seed, progress=progress)
             options = {"train": train, "val": val, "metric": metric, "seed": seed, "device": device, "progress": progress}
             return _fit(smaller, fit, teacher=plain_model(model) if fit.distill is not None else None, **options)
         together = replace(fit, apply=(*fit.apply, spec))
@@ -105,7 +107,8 @@ def prune(
         _see(compressed, data)
     elif compressed.example is not None:
         compressed.example, _ = Batches([compressed.example], "example").first()
-    compressed.steps += (prune_step(compressed, spec, data),)
+    rules = find_target(target, compressed.side.FRAMEWORK)
+    compressed.steps += (prune_step(compressed, spec, data, rules, progress=progress),)
     return compressed
 
 

@@ -21,6 +21,7 @@ from whet.torch.prune import Pruner, prune
 from whet.torch.qat import finish, prepare, quantize_aware
 from whet.torch.quantize import simulate
 from whet.torch.regularizers import group_lasso
+from whet.torch.removable import removable, timed_layers
 from whet.torch.removal import remove
 from whet.torch.store import load_model, save_model
 from whet.torch.torchao_tensors import to_torchao
@@ -53,10 +54,12 @@ __all__ = [
     "quantize",
     "quantize_aware",
     "regression",
+    "removable",
     "remove",
     "save_model",
     "simulate",
     "soft_targets",
+    "timed_layers",
     "to_torchao",
     "train",
     "validate",
