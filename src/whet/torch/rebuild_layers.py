@@ -104,6 +104,9 @@ def _replace(graph: Any, old: Any, new: Any) -> None:
 def _call_function(graph: Any, node: Any) -> None:
     """The operation as a public function or method; one that is nowhere public stays as it is."""
     name = node.target._schema.name.split("::")[-1]
+    if name == "_assert_tensor_metadata":  # what the trace was: it would tie the graph to one device
+        graph.erase_node(node)
+        return
     with graph.inserting_before(node):
         _flag(graph, node)
         if name in _SPECIAL:
@@ -184,6 +187,12 @@ def _interpolate(mode: str) -> Callable[[Any, Any, dict[str, Any]], Any]:
     return call
 
 
+def _to(graph: Any, node: Any, given: dict[str, Any]) -> Any:
+    if given.get("dtype") is None or "other" in given:
+        return graph.call_method("to", node.args, node.kwargs)
+    return graph.call_method("to", (given["self"], given["dtype"]))
+
+
 def _sym_size(graph: Any, node: Any, given: dict[str, Any]) -> Any:
     return graph.call_method("size", (given["self"], given["dim"]))
 
@@ -194,6 +203,7 @@ _SPECIAL: dict[str, Callable[[Any, Any, dict[str, Any]], Any]] = {
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     "embedding": _embedding,
     "index": _index,
+    **dict.fromkeys(("to", "_to_copy"), _to),
     "sym_size": _sym_size,
     "upsample_nearest2d": _interpolate("nearest"),
     "upsample_bilinear2d": _interpolate("bilinear"),
