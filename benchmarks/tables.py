@@ -105,9 +105,14 @@ class Clock:
     def __init__(self) -> None:
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
+    def seconds(self) -> tuple[float, float]:
+        """Both."""
+        return time.perf_counter() - self.wall, time.process_time() - self.cpu
+
     def read(self) -> tuple[str, str]:
         """Both, as cells."""
-        return f"{time.perf_counter() - self.wall:.1f}", f"{time.process_time() - self.cpu:.1f}"
+        wall, cpu = self.seconds()
+        return f"{wall:.1f}", f"{cpu:.1f}"
 
 
 # ------------------------------------------------------------------ records

@@ -3,7 +3,7 @@
 Prints two tables: the drop of each scheme against the float file, with its paired 95 % interval, and, with outlier channels
 put into what the layers read, what SmoothQuant and AWQ take back of the damage.
 
-    python benchmarks/transformer_quantization.py [--epochs 6]
+    python benchmarks/transformer_quantization.py [--epochs 6] [--quick] [--record out/quantization.json]
 
 The encoder is trained here, in two minutes or so of two idle cores. Outliers are injected by rescaling a norm and the layers
 behind it, which leaves the function as it was: it is what large language models show by themselves (Xiao et al. 2022, fig. 1).
@@ -17,12 +17,12 @@ import os
 import re
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tables
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -143,18 +143,18 @@ class Bench:
             made.export(path, overwrite=True)
         return gather({"file": path}, self.batches, self.metric, runs=0, progress=False)["file"]
 
-    def row(self, label: str, spec: Quantize) -> tuple[str, float]:
-        """A row of the table, and the outputs' signal-to-error ratio in dB."""
-        started = time.perf_counter()
+    def row(self, label: str, spec: Quantize) -> list[str]:
+        """The cells of a row: accuracy, drop with its interval, the outputs' signal-to-error ratio in dB, bytes, seconds."""
+        clock = tables.Clock()
         found = self._measured(whet.quantize, spec)
-        seconds = time.perf_counter() - started
         drop = metric_drop(self.original, found, self.metric)
         a, b = (np.asarray(m.outputs, np.float64) for m in (self.original, found))
         sqnr = 10 * np.log10(np.sum(a**2) / np.sum((a - b) ** 2))
         low, high = (100 * end for end in drop.ci95 or (np.nan, np.nan))
         accuracy = 100 * found.evidence.metric["value"]
-        cells = (label, f"{accuracy:.2f}", f"{100 * drop.value:+.2f} [{low:.2f}, {high:.2f}]", f"{sqnr:.1f}")
-        return f"| {' | '.join((*cells, f'{found.evidence.bytes:,}', f'{seconds:.1f}'))} |", float(sqnr)
+        bar = tables.against(100 * drop.value, BARS[label], most=True) if label in BARS and len(self.test[0]) > 3000 else ""
+        cells = [label, f"{accuracy:.2f}", f"{100 * drop.value:+.2f} [{low:.2f}, {high:.2f}]", bar, f"{sqnr:.1f}"]
+        return [*cells, f"{found.evidence.bytes:,}", clock.read()[1]]
 
 
 SCHEMES = {
@@ -173,37 +173,55 @@ REMEDIES = {
     "int3 groups of 32": Quantize(Int(3, granularity=PerGroup(32)), None),
     "int3 groups of 32, AWQ": Quantize(Int(3, granularity=PerGroup(32)), None, equalize=AWQ()),
 }
-HEADER = "| | accuracy, % | drop, points | outputs, dB | bytes | s |\n|---|---|---|---|---|---|"
+BARS = {name: 0.5 for name in list(SCHEMES)[:2]} | {"int4 weights alone, groups of 32": 1.0}  # points of drop, as trained
 
 
-def main() -> None:
+def model_of(given: argparse.Namespace, train: Any) -> Any:
+    """The encoder, trained here or read."""
+    if given.weights is None or not given.weights.exists():
+        model = trained(train, 1 if given.quick else given.epochs)
+        if given.weights is not None:
+            torch.save(model.state_dict(), given.weights)
+        return model
+    model = Encoder().eval()
+    model.load_state_dict(torch.load(given.weights, weights_only=True))
+    return model
+
+
+def main() -> int:
     """Train, quantize, export, run, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--weights", type=Path, help="Keep the trained weights here, and read them from here.")
-    options = parser.parse_args()
+    options = tables.parser(__doc__)
+    options.add_argument("--epochs", type=int, default=6)
+    options.add_argument("--weights", type=Path, help="Keep the trained weights here, and read them from here.")
+    given = options.parse_args()
     train, test = questions()
-    started = time.perf_counter()
-    if options.weights is not None and options.weights.exists():
-        model = Encoder().eval()
-        model.load_state_dict(torch.load(options.weights, weights_only=True))
-    else:
-        model = trained(train, options.epochs)
-        if options.weights is not None:
-            torch.save(model.state_dict(), options.weights)
-    print(
-        f"Trained in {time.perf_counter() - started:.0f} s; {len(test[0]):,} test questions; "
-        "ONNX Runtime; drop with its 95 % interval.\n"
-    )
+    if given.quick:
+        train, test = tuple(part[:640] for part in train), tuple(part[:320] for part in test)
+    model = model_of(given, train)
     with tempfile.TemporaryDirectory() as folder:
-        for title, made, rows in (("As trained", model, SCHEMES), ("With outlier channels", with_outliers(model), REMEDIES)):
-            bench = Bench(made, train, test, Path(folder), title.split()[0])
+        for name, title, made, rows in (
+            ("transformer", "as trained", model, SCHEMES),
+            (
+                "transformer-outliers",
+                f"{OUTLIERS} channels of each norm {FACTOR:g} times larger",
+                with_outliers(model),
+                REMEDIES,
+            ),
+        ):
+            bench = Bench(made, train, test, Path(folder), name)
+            table = tables.Table(
+                name,
+                f"An encoder on banking77, {title}; ONNX Runtime, {len(test[0]):,} test questions",
+                ("", "accuracy, %", "drop, points [95 %]", "to reach", "outputs, dB", "bytes", "CPU s"),
+                "python benchmarks/transformer_quantization.py",
+                record=given.record,
+            )
             value, size = bench.original.evidence.metric["value"], bench.original.evidence.bytes
-            print(f"{title}: float {100 * value:.2f} %, {size:,} bytes\n\n{HEADER}")
+            table.add("float", f"{100 * value:.2f}", "", "", "", f"{size:,}", "")
             for label, spec in rows.items():
-                print(bench.row(label, spec)[0], flush=True)
-            print()
+                table.add(*bench.row(label, spec))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
