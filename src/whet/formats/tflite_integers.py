@@ -6,7 +6,7 @@ writes is. Quantize and dequantize operators stand where integer and float opera
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ MOVES = {
 }
 # Further operators with integer kernels, which rescale. With the version that takes int8.
 RESCALES = {"ADD": 2, "MUL": 2, "MEAN": 2, "SOFTMAX": 2, "LOGISTIC": 2, "TANH": 2, "RELU": 2, "RELU6": 2}
+_SAME_VALUES = ("RESHAPE", "SQUEEZE", "EXPAND_DIMS", "TRANSPOSE")  # what they read and what they give are one value
 _DEQUANTIZE_VERSION = {"int8": 2, "float16": 3}
 _PER_CHANNEL_DEQUANTIZE = 5
 
@@ -93,22 +94,27 @@ class Integers:
     def _spread(self) -> None:
         """Give the tensors inside what the converter made of one operation the quantizer of its input or output."""
         moves = [op for op in self.file.operators if self.file.operator_name(op) in MOVES]
-        for operator in moves:
-            known = [self.values.get(int(i)) for i in operator.inputs if self._is_activation(int(i))]
-            if known and known[0] is not None and all(_same(known[0], item) for item in known):
-                self.values.setdefault(int(operator.outputs[0]), known[0])
+        self._spread_on(moves)
         produced = {int(op.outputs[0]): op for op in self.file.operators}
-        readers: dict[int, int] = {}
+        readers: dict[int, list[str]] = {}
         for operator in self.file.operators:
             for index in operator.inputs:
-                readers[int(index)] = readers.get(int(index), 0) + 1
+                readers.setdefault(int(index), []).append(self.file.operator_name(operator))
         for operator in reversed(moves):
             params = self.values.get(int(operator.outputs[0]))
             for index in map(int, operator.inputs):
                 source = produced.get(index)
                 inside = source is not None and self.file.operator_name(source) in (*MOVES, *WEIGHTED, *RESCALES)
-                if params is not None and inside and self._is_activation(index) and readers[index] == 1:
+                alone = len(readers[index]) == 1 or all(name in _SAME_VALUES for name in readers[index])
+                if params is not None and inside and self._is_activation(index) and alone:
                     self.values.setdefault(index, params)
+        self._spread_on(moves)
+
+    def _spread_on(self, moves: Sequence[Any]) -> None:
+        for operator in moves:
+            known = [self.values.get(int(i)) for i in operator.inputs if self._is_activation(int(i))]
+            if known and known[0] is not None and all(_same(known[0], item) for item in known):
+                self.values.setdefault(int(operator.outputs[0]), known[0])
 
     def _is_activation(self, index: int) -> bool:
         if index < 0 or self.file.dtype(index) != "FLOAT32":

@@ -210,7 +210,15 @@ def _run(place: Path, name: str) -> bytes:
     """The converter's file, or its own words in an error."""
     made = place / "model.tflite"
     script, backend = Path(litert_worker.__file__), {"KERAS_BACKEND": "tensorflow"}
-    run_script(script, [place / "job.json", made], made, "TensorFlow's converter", name, backend)
+    try:
+        run_script(script, [place / "job.json", made], made, "TensorFlow's converter", name, backend)
+    except ExportError as cause:
+        if "tensor list" not in str(cause):
+            raise
+        raise ExportError(
+            f"{name!r} has a recurrent layer, which LiteRT takes with a batch of one size only: export with dynamic=False for "
+            "the example's, or build the layer with unroll=True."
+        ) from cause
     return made.read_bytes()
 
 

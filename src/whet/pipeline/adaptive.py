@@ -126,11 +126,11 @@ class _Table:
             larger = next((other for other in order if _extent(other) > _extent(row)), None)
             said = [f"alone it costs {texts.significant(row.damage)}"]
             if smaller is not None:
-                saved = texts.bytes_text(row.bytes - smaller.bytes)
-                said.append(f"{smaller.scheme} would cost {texts.significant(smaller.damage)} and save {saved}")
+                said.append(f"{smaller.scheme} would cost {texts.significant(smaller.damage)} and save {_extra(row, smaller)}")
             if larger is not None:
-                more = texts.bytes_text(larger.bytes - row.bytes)
-                said.append(f"{larger.scheme} would cost {texts.significant(larger.damage)} and take {more} more")
+                said.append(
+                    f"{larger.scheme} would cost {texts.significant(larger.damage)} and take {_extra(larger, row)} more"
+                )
             found |= {name: {"sensitivity": row.damage, "why": "; ".join(said)} for name in row.weights}
         return found
 
@@ -152,6 +152,14 @@ class _Table:
             "met": bool(held) if trials else True,
             "trials": trials,
         }
+
+
+def _extra(larger: Damage, smaller: Damage) -> str:
+    """What `larger` takes more than `smaller`: bytes of the file, or bits where the target stores both alike."""
+    if larger.bytes != smaller.bytes:
+        return texts.bytes_text(larger.bytes - smaller.bytes)
+    bits = larger.bits - smaller.bits
+    return f"{bits:.3g} bit{'' if bits == 1 else 's'} a weight"
 
 
 def _extent(row: Damage) -> tuple[int, float]:

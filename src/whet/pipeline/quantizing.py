@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
-from whet.data import Batches
+import numpy as np
+
+from whet.data import Batches, leaves, rows
 from whet.errors import DataError, SpecError
 from whet.graph.epochs import TrainingRun
 from whet.graph.views import Masks
@@ -14,7 +18,7 @@ from whet.pipeline.adaptive import resolve
 from whet.pipeline.compressed import Compressed
 from whet.pipeline.side import Model, side_of
 from whet.records import Step
-from whet.specs import Adaptive, Distill, Metric, Quantize, Target, Train, to_dict
+from whet.specs import Adaptive, Distill, Int, Metric, Quantize, Target, Train, to_dict
 
 
 def quantize_step(
@@ -41,11 +45,13 @@ def quantize_step(
         BudgetError: no choice of schemes is within the budget of `Adaptive`.
     """
     work = training_of(spec, fit, train)
-    rows, record = dict[str, dict[str, Any]](), dict[str, Any]()
+    if calibration is not None and isinstance(spec.activations, Int):
+        warn_of_poor_calibration(calibration)
+    said, record = dict[str, dict[str, Any]](), dict[str, Any]()
     fixed = spec
     if isinstance(spec.weights, Adaptive):
         found = resolve(compressed, spec, target, calibration=calibration, val=val, metric=metric, progress=progress)
-        fixed, rows, record["adaptive"] = found.spec, found.rows, found.record
+        fixed, said, record["adaptive"] = found.spec, found.rows, found.record
 
     def run(made: Compressed, by: Quantize) -> Step:
         return _quantized(
@@ -68,9 +74,26 @@ def quantize_step(
         held = control(compressed, fixed, target, run, calibration=calibration, val=val, metric=metric, progress=progress)
         compressed.float_model, compressed.plan = held.made.float_model, held.made.plan
         step, record["max_drop"] = held.step, held.record
-        rows = {name: {"sensitivity": row.damage} for row in held.damages for name in row.weights} | rows
-    changed = tuple({**row, **rows.get(row["name"], {})} for row in step.changed)
+        said = {name: {"sensitivity": row.damage} for row in held.damages for name in row.weights} | said
+    changed = tuple({**row, **said.get(row["name"], {})} for row in step.changed)
     return replace(step, spec=to_dict(spec), changed=changed, control=record or None)
+
+
+def warn_of_poor_calibration(data: Batches) -> None:
+    """Warn of `data` that shows no ranges: a single example, or inputs that are all one number."""
+    seen = [inputs for inputs, _ in islice(data, 2)]
+    poor = None
+    if len(seen) == 1 and rows(seen[0]) == 1:
+        poor = "is a single example"
+    elif all(array.size > 1 and bool(np.all(array == array.flat[0])) for array in map(np.asarray, leaves(seen[0]))):
+        poor = f"holds nothing but {np.asarray(leaves(seen[0])[0]).flat[0]} in its first batch"
+    if poor is not None:
+        warnings.warn(
+            f"The data for calibration {poor}: what lies beyond the ranges seen there will be clipped. Give some hundred "
+            "examples of what the model will be used on.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _quantized(
