@@ -19,6 +19,7 @@ class KerasNamespace:
     log = staticmethod(ops.log)
     sqrt = staticmethod(ops.sqrt)
     matmul = staticmethod(ops.matmul)
+    moveaxis = staticmethod(ops.moveaxis)
     clip = staticmethod(ops.clip)
     minimum = staticmethod(ops.minimum)
     maximum = staticmethod(ops.maximum)
@@ -98,7 +99,7 @@ class KerasNamespace:
     @staticmethod
     def positions(x: Array) -> Array:
         """0, 1, 2, … for the elements of the flat array `x`, as int32 like every backend's `argsort`."""
-        return ops.arange(x.shape[0], dtype="int32")
+        return ops.arange(ops.shape(x)[0], dtype="int32")
 
 
 xp = KerasNamespace()

@@ -6,18 +6,20 @@ Positions are none (dense features), a length, or height and width. Every result
 from __future__ import annotations
 
 from whet.errors import ModelError
+from whet.numerics.losses import mean_of_rows
 from whet.numerics.namespace import Array, Namespace
 
 _TINY = 1e-16  # added to squared norms: a map of zeros stays zero, and its gradient is finite
 
 
-def hints(student: Array, teacher: Array, *, xp: Namespace) -> Array:
+def hints(student: Array, teacher: Array, *, xp: Namespace, real: Array | None = None) -> Array:
     """`mean((r(s) - t)²)` over all elements (FitNets; Romero et al. 2015, arXiv:1412.6550, eq. 3, as a mean, without its ½).
 
-    `student` has already been projected by `r`, where it has other channels. Shapes: equal.
+    `student` has already been projected by `r`, where it has other channels. Shapes: equal; `real` (n, positions…) is False
+    where a position is padding, which then does not count.
     """
     difference = student - xp.stop_gradient(teacher)
-    return xp.mean(difference * difference)
+    return mean_of_rows(xp.mean(difference * difference, axis=-1), real, xp=xp)
 
 
 def attention_transfer(student: Array, teacher: Array, *, xp: Namespace) -> Array:

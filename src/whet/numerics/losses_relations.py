@@ -49,6 +49,29 @@ def pkt(student: Array, teacher: Array, *, xp: Namespace) -> Array:
     return xp.mean(xp.sum(bregman(p, q, xp.log(p + _LEAST) - xp.log(q + _LEAST), xp=xp), axis=-1))
 
 
+def crd(student: Array, teacher: Array, temperature: float, *, xp: Namespace) -> Array:
+    """`mean over i of -log h(tᵢ, sᵢ) - Σ_{j≠i} log(1 - h(tⱼ, sᵢ))`, contrastive (Tian et al. 2020, eq. 17-19).
+
+    arXiv:1910.10699. `h(t, s) = eᶻ / (eᶻ + N/M)` with `z = t·s / temperature`; the N = n - 1 other examples of the batch are
+    the negatives, drawn from its M = n. Shapes: both (n, dimension), mapped to one space and not yet of unit length. The
+    teacher's map learns too: what it maps must already have no history.
+    """
+    s, t = (_unit(_rows(z, xp), xp) for z in (student, teacher))
+    z = xp.matmul(s, xp.transpose(t)) / temperature
+    count = xp.sum(xp.full_like(z[:, :1], 1.0))
+    beyond = z - xp.log(xp.maximum(count - 1.0, xp.full_like(count, 0.5)) / count)
+    # log h = -softplus(-beyond) and log(1 - h) = -softplus(beyond)
+    signed = xp.where(_itself(z, xp), -beyond, beyond)
+    rest = xp.log(1.0 + xp.exp(-xp.abs(signed)))
+    return xp.mean(xp.sum(xp.maximum(signed, xp.full_like(signed, 0.0)) + rest, axis=-1))
+
+
+def _itself(square: Array, xp: Namespace) -> Array:
+    """Where an example (n, n) meets itself: by position, not by value, for two examples may be the same."""
+    place = xp.positions(square[:, 0])
+    return place[:, None] == place[None, :]
+
+
 def _rows(features: Array, xp: Namespace) -> Array:
     width = 1
     for length in features.shape[1:]:
@@ -92,7 +115,5 @@ def _neighbours(features: Array, xp: Namespace) -> Array:
     """The probabilities (n, n) of an example's neighbours, its own 0."""
     unit = _unit(_rows(features, xp), xp)
     similar = (xp.matmul(unit, xp.transpose(unit)) + 1.0) / 2.0
-    # By position, not by value: two examples may be the same.
-    own = xp.one_hot(xp.positions(similar[:, 0]), similar.shape[1])
-    similar = xp.where(own, xp.full_like(similar, 0.0), similar + _LEAST)
+    similar = xp.where(_itself(similar, xp), xp.full_like(similar, 0.0), similar + _LEAST)
     return similar / (xp.sum(similar, axis=-1, keepdims=True) + _TINY)

@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from whet.errors import SpecError
-from whet.specs.base import check_number, check_type, spec
+from whet.specs.base import check_integer, check_number, check_type, spec
 
 HIGHEST = 1e6  # of temperatures and weights
 
@@ -18,7 +18,7 @@ def _check(loss: Any) -> None:
     if isinstance(loss, SoftTargets | BinarySoftTargets | DKD | DIST):
         check_number(f"{name}.temperature", loss.temperature, low=0, high=HIGHEST, open_low=True)
     if isinstance(loss, LAYER_LOSSES):
-        needs = isinstance(loss, Features | AttentionTransfer)
+        needs = isinstance(loss, Features | AttentionTransfer | AttentionMatrices | AttentionRelations)
         for side, value in (("student", loss.student), ("teacher", loss.teacher)):
             if not (isinstance(value, str) and value) and (needs or value is not None):
                 raise SpecError(f"{name}.{side} must name a layer or be a pattern of names, got {value!r}.")
@@ -196,20 +196,151 @@ class PKT(_Checked):
     weight: float = 100.0
 
 
+@spec
+@dataclass(frozen=True, slots=True)
+class CRD:
+    """Tell the teacher's view of an example from its views of the others (contrastive; Tian et al. 2020, arXiv:1910.10699).
+
+    Both features are mapped to `dimension` numbers by linear maps trained beside the student and thrown away, the student's
+    and the teacher's; positions are averaged first. The other examples of the batch are the negatives, where the paper keeps
+    a memory of thousands: take batches of dozens at least. Without names, the outputs.
+    """
+
+    student: str | None = None
+    teacher: str | None = None
+    _: KW_ONLY
+    temperature: float = 0.07
+    dimension: int = 128
+    weight: float = 0.8
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check(self)
+        check_number("CRD.temperature", self.temperature, low=0, high=HIGHEST, open_low=True)
+        check_integer("CRD.dimension", self.dimension, low=1, high=1 << 16)
+        check_number("CRD.learning_rate", self.learning_rate, low=0, high=1e3, open_low=True)
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class AttentionMatrices:
+    """`mean((A_s - A_t)²)`, `A = q·kᵀ/√d` of attention layers (TinyBERT; Jiao et al. 2020, arXiv:1909.10351).
+
+    With `divergent` the distributions behind the softmax, by their divergence (MiniLM; Wang et al. 2020, arXiv:2002.10957).
+    `student` and `teacher` name attention layers, or are patterns. Heads may differ in number: the mean of groups is taken.
+    """
+
+    student: str
+    teacher: str
+    _: KW_ONLY
+    divergent: bool = False
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self)
+        check_type("AttentionMatrices.divergent", self.divergent, bool)
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class AttentionRelations:
+    """Which positions have like values, queries or keys: `KL` of `softmax(x·xᵀ/√d)` (MiniLM, arXiv:2002.10957; MiniLMv2,
+    arXiv:2012.15828).
+
+    `of`: any of "value", "query", "key"; the losses of several are added. `heads`: how many relation heads the vectors of each
+    model are cut into, by default as many as both have in common; so heads and widths may differ.
+    """
+
+    student: str
+    teacher: str
+    _: KW_ONLY
+    of: tuple[str, ...] = ("value",)
+    heads: int | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        given: Any = self.of
+        of = (given,) if isinstance(given, str) else tuple(given)
+        object.__setattr__(self, "of", of)
+        _check(self)
+        if not of or len(set(of)) < len(of) or not set(of) <= {"query", "key", "value"}:
+            raise SpecError(f"AttentionRelations.of must be of 'value', 'query' and 'key', each once, got {self.of!r}.")
+        if self.heads is not None:
+            check_integer("AttentionRelations.heads", self.heads, low=1)
+
+
 Loss = SoftTargets | BinarySoftTargets | LogitsMSE | Regression | DKD | DIST
-LayerLoss = Features | AttentionTransfer | RKD | SimilarityPreserving | PKT
+AttentionLoss = AttentionMatrices | AttentionRelations
+LayerLoss = Features | AttentionTransfer | RKD | SimilarityPreserving | PKT | CRD | AttentionMatrices | AttentionRelations
 LOGIT_LOSSES = (SoftTargets, BinarySoftTargets, LogitsMSE, Regression, DKD, DIST)
-LAYER_LOSSES = (Features, AttentionTransfer, RKD, SimilarityPreserving, PKT)
+ATTENTION_LOSSES = (AttentionMatrices, AttentionRelations)
+LAYER_LOSSES = (Features, AttentionTransfer, RKD, SimilarityPreserving, PKT, CRD, *ATTENTION_LOSSES)
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class TeacherWeights:
+    """Several teachers teach by the mean of their outputs, weighed as given; the weights are divided by their sum."""
+
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", tuple(self.values) if isinstance(self.values, list | tuple) else (self.values,))
+        for value in self.values:
+            check_number("TeacherWeights.values", value, low=0, high=HIGHEST)
+        if not sum(self.values):
+            raise SpecError(f"TeacherWeights.values must have a positive sum, got {self.values!r}.")
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class TeacherConfidence:
+    """Of several teachers, those that know an example's class count more (CA-MKD; Zhang et al. 2022, arXiv:2201.00007).
+
+    `(1 - exp(L_k) / Σ exp(L_j)) / (K - 1)` for K teachers with cross-entropies `L`; without labels, entropies.
+    """
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class TeacherSubsets:
+    """Each teacher teaches the examples of its classes: `classes` are as many tuples of class numbers as teachers.
+
+    A teacher may know its own classes alone, in the tuple's order. An example of no subset is the first teacher's.
+    """
+
+    classes: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.classes, list | tuple) and self.classes):
+            raise SpecError(f"TeacherSubsets.classes must hold a tuple of classes for each teacher, got {self.classes!r}.")
+        for subset in self.classes:
+            if not (isinstance(subset, list | tuple) and subset):
+                raise SpecError(f"TeacherSubsets.classes must hold tuples of class numbers, got {subset!r}.")
+            for label in subset:
+                check_integer("TeacherSubsets.classes", label, low=0)
+        object.__setattr__(self, "classes", tuple(tuple(subset) for subset in self.classes))
+        known = [label for subset in self.classes for label in subset]
+        twice = next((label for label in known if known.count(label) > 1), None)
+        if twice is not None:
+            raise SpecError(f"TeacherSubsets.classes: the class {twice} is in two subsets. Give each class to one teacher.")
 
 
 @spec
 @dataclass(frozen=True, slots=True)
 class Distill:
-    """`student_weight · loss(student, targets) + (1 - student_weight) · Σ weight · distillation loss`."""
+    """`student_weight · loss(student, targets) + (1 - student_weight) · Σ weight · distillation loss`.
+
+    `teachers` says how several teachers become one: `TeacherWeights`, `TeacherConfidence` or `TeacherSubsets`; None is their
+    mean. Teachers run in inference mode; with `teacher_training` they run as in training (dropout, the batch's own
+    statistics), on a copy, so that they are still never changed.
+    """
 
     loss: tuple[Loss | LayerLoss, ...] = (SoftTargets(),)
     _: KW_ONLY
     student_weight: float = 0.1
+    teachers: TeacherWeights | TeacherConfidence | TeacherSubsets | None = None
+    teacher_training: bool = False
 
     def __post_init__(self) -> None:
         losses = tuple(self.loss) if isinstance(self.loss, list | tuple) else (self.loss,)
@@ -219,6 +350,8 @@ class Distill:
             check_type("Distill.loss", loss, *LOGIT_LOSSES, *LAYER_LOSSES)
         object.__setattr__(self, "loss", losses)
         check_number("Distill.student_weight", self.student_weight, low=0, high=1)
+        check_type("Distill.teachers", self.teachers, TeacherWeights, TeacherConfidence, TeacherSubsets, None)
+        check_type("Distill.teacher_training", self.teacher_training, bool)
 
     @property
     def of_outputs(self) -> tuple[Loss, ...]:

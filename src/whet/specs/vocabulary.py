@@ -18,10 +18,13 @@ from whet.specs.criteria import (
     Wanda,
 )
 from whet.specs.distillation import (
+    CRD,
     DIST,
     DKD,
     PKT,
     RKD,
+    AttentionMatrices,
+    AttentionRelations,
     AttentionTransfer,
     BinarySoftTargets,
     Distill,
@@ -30,6 +33,9 @@ from whet.specs.distillation import (
     Regression,
     SimilarityPreserving,
     SoftTargets,
+    TeacherConfidence,
+    TeacherSubsets,
+    TeacherWeights,
 )
 from whet.specs.granularity import NM, Block, Channel, Group, Head, Layer, Weight
 from whet.specs.pruning import (
@@ -72,6 +78,7 @@ from whet.specs.training import EarlyStopping, GroupLasso, Train
 
 __all__ = [
     "AWQ",
+    "CRD",
     "DIST",
     "DKD",
     "ERK",
@@ -88,6 +95,8 @@ __all__ = [
     "Activation",
     "AdaRound",
     "Adaptive",
+    "AttentionMatrices",
+    "AttentionRelations",
     "AttentionTransfer",
     "BatchNormScale",
     "BiasCorrection",
@@ -147,6 +156,9 @@ __all__ = [
     "SparseGPT",
     "Target",
     "Taylor",
+    "TeacherConfidence",
+    "TeacherSubsets",
+    "TeacherWeights",
     "Train",
     "Uniform",
     "UserCriterion",

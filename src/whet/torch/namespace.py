@@ -20,6 +20,7 @@ class TorchNamespace:
     log = staticmethod(torch.log)
     sqrt = staticmethod(torch.sqrt)
     matmul = staticmethod(torch.matmul)
+    moveaxis = staticmethod(torch.movedim)
     count_nonzero = staticmethod(torch.count_nonzero)
 
     @staticmethod
