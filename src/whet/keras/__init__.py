@@ -23,7 +23,7 @@ from whet.keras.prune import Pruner, prune
 from whet.keras.qat import finish, prepare, quantize_aware
 from whet.keras.quantize import FakeQuantize, simulate
 from whet.keras.regularizers import GroupLassoRegularizer, group_lasso
-from whet.keras.removable import removable, timed_layers
+from whet.keras.removable import kept, removable, timed_layers
 from whet.keras.removal import remove
 from whet.keras.store import load_model, save_model
 from whet.keras.training import train
@@ -49,6 +49,7 @@ __all__ = [
     "group_lasso",
     "groups",
     "inspect",
+    "kept",
     "layer_loss",
     "load_model",
     "logits_mse",

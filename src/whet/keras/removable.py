@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from whet.keras.groups import read_model
 from whet.keras.importance import scores_of
 from whet.keras.model import arrange, copy, predict
 from whet.keras.sizes import named_weights
+from whet.keras.views import to_numpy
 from whet.specs import Prune
 
 _LAYERS = {  # kind: the attribute of its width, the weight's axes of output and input channels from the end
@@ -104,3 +106,14 @@ def timed_layers(model: Any, example: Any) -> list[KerasLayer]:
         )
         found.setdefault((call.node.layer, shape), []).append(layer)
     return [replace(rows[0], calls=len(rows)) for rows in found.values()]
+
+
+@contextmanager
+def kept(model: Any) -> Iterator[None]:
+    """*In place*: all weights have the same values after the block as before it."""
+    before = [to_numpy(variable).copy() for variable in model.weights]
+    try:
+        yield
+    finally:
+        for variable, value in zip(model.weights, before, strict=True):
+            variable.assign(value)

@@ -53,11 +53,12 @@ class Axis:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Table:
-    """All times, as terms over the options of the families, and as rows for a report."""
+    """All times of `target`, as terms over the options of the families, and as rows for a report. files: how many."""
 
     terms: tuple[Term, ...]
     rows: tuple[dict[str, Any], ...]
     files: int
+    target: str
 
 
 def latency_table(
@@ -91,7 +92,7 @@ def latency_table(
         {"layer": layer.name, "calls": layer.calls, "made": made.full, "read": read.full, "ms": _full(times, layer, made, read)}
         for layer, made, read in moving
     )
-    return Table(terms, rows, files)
+    return Table(terms, rows, files, target.name)
 
 
 def _full(times: Any, layer: TimedLayer, made: Axis, read: Axis) -> float:

@@ -10,9 +10,10 @@ from whet.graph.groups import Groups
 from whet.pipeline.blocks import remove_blocks
 from whet.pipeline.compressed import Compressed, plain_model
 from whet.pipeline.latency import prune_to_latency
+from whet.pipeline.sensitive_pruning import prune_by_sensitivity
 from whet.pipeline.side import side_of
 from whet.records import Step
-from whet.specs import Layer, Prune, Target, find_target
+from whet.specs import BySensitivity, Layer, Prune, Target, find_target
 
 
 def prune_step(
@@ -26,6 +27,10 @@ def prune_step(
         DataError: removal follows channels and has no example to trace with.
         ModelError: nothing would change.
     """
+    if isinstance(spec.allocation, BySensitivity):
+        if compressed.example is None:
+            raise DataError("BySensitivity measures outputs and needs a batch: pass train= or example=.")
+        return prune_by_sensitivity(compressed, spec, data, progress=progress)
     if not spec.removes:
         compressed.masks, step = compressed.side.prune(compressed.float_model, spec, masks=compressed.masks, data=data)
         return step

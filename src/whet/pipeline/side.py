@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,6 +52,9 @@ class Side(Protocol):
 
     def removable(self, model: Model, spec: Prune, *, example: Any, data: Batches | None) -> Removable:
         """The families of `model` that may lose groups, with their scores; `model` is unchanged."""
+
+    def kept(self, model: Model) -> AbstractContextManager[None]:
+        """*In place*: all weights of `model` have the same values after the block as before it."""
 
     def timed_layers(self, model: Model, example: Any) -> Sequence[TimedLayer]:
         """The layers with weights that can be built alone at any width."""

@@ -21,7 +21,7 @@ from whet.torch.prune import Pruner, prune
 from whet.torch.qat import finish, prepare, quantize_aware
 from whet.torch.quantize import simulate
 from whet.torch.regularizers import group_lasso
-from whet.torch.removable import removable, timed_layers
+from whet.torch.removable import kept, removable, timed_layers
 from whet.torch.removal import remove
 from whet.torch.store import load_model, save_model
 from whet.torch.torchao_tensors import to_torchao
@@ -45,6 +45,7 @@ __all__ = [
     "group_lasso",
     "groups",
     "inspect",
+    "kept",
     "layer_loss",
     "load_model",
     "logits_mse",

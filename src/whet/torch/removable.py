@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from whet.data import Batches
@@ -97,3 +98,15 @@ def _weighted(model: Any) -> Iterator[tuple[str, Any]]:
             type(module) in _CONVS and (module.groups == 1 or module.groups == module.in_channels == module.out_channels)
         ):
             yield name, module
+
+
+@contextmanager
+def kept(model: Any) -> Iterator[None]:
+    """*In place*: all weights have the same values after the block as before it."""
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(before[name])
