@@ -10,7 +10,7 @@ import zoo_torch
 from torch_parts import same_state, seeded, state_of
 from whet.specs import Channel, Prune
 from whet.torch import predict, remove
-from whet.torch.constants import fold_constants
+from whet.torch.constants import fold_constants, put_back
 from whet.torch.groups import read_model
 
 QUARTER = Prune(2 / 8, granularity=Channel(), round_to=1, include=("a",))
@@ -114,7 +114,7 @@ def test_a_fold_can_be_undone() -> None:
     gone = reading.groups.gone([reading.groups.named("a.weight").roots[[1, 4]]])
     constants = fold_constants(model, reading, gone)
     assert not same_state(before, state_of(model)) and constants.constant == 2
-    constants.undo()
+    put_back(constants)
     assert same_state(before, state_of(model))
 
 

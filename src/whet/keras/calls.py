@@ -51,7 +51,8 @@ class Reader:
 
     names: of every weight, by the variable's id. outs: the axis of what a kernel produces, likewise. operations: by path.
     is_traced: the operations outside layers are the code of a subclassed model, in which no size can be written.
-    own: the user's layers that were read by what their code does. opened: the one whose code is being read.
+    own: the user's layers that were read by what their code does. opened: the one whose code is being read. calls: all of them;
+    leaving: the values that a layer graph returns.
     """
 
     names: dict[int, str]
@@ -63,6 +64,8 @@ class Reader:
     operations: dict[str, Any] = field(default_factory=dict)
     own: list[Own] = field(default_factory=list)
     opened: Own | None = None
+    calls: list[clone.Call] = field(default_factory=list)
+    leaving: set[str] = field(default_factory=set)
 
     def note(self, edit: Edit) -> None:
         """An attribute holds sizes."""

@@ -79,10 +79,12 @@ def _follow(program: Program, reader: Reader, values: dict[str, Value], specs: d
         made = keras.tree.flatten(_spec(call, *given))
         shapes = [tuple(int(n) for n in tensor.shape) for tensor in made]
         reader.operations[call.node.layer] = call.operation
+        reader.calls.append(call)
         one = Call(reader, call, values, shapes)
         outputs = _opened(one, given, model) if _is_own(one) else read(one)
         for ref, spec, value in zip(refs(call.outputs), made, outputs, strict=True):
             specs[ref.name], values[ref.name] = spec, value
+    reader.leaving |= {ref.name for ref in refs(program.outputs)}
     for path, inner, entered in program.inner:
         reader.operations[path] = inner
         reader.note(_input_shapes(path, inner, [values[ref.name] for ref in entered]))

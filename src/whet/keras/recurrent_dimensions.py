@@ -6,16 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 
-from whet.graph import moves
+from whet.graph import moves, recurrent
 from whet.graph.ids import IntArray, Value
 from whet.graph.structure import SPATIAL
 from whet.keras.calls import Call
 from whet.keras.dimensions import POINTWISE
 
 L = keras.layers
-_GATES = {L.LSTMCell: 4, L.GRUCell: 3, L.SimpleRNNCell: 1}
+_CELLS = (L.LSTMCell, L.GRUCell, L.SimpleRNNCell)
 _LAYERS = (L.RNN, L.LSTM, L.GRU, L.SimpleRNN)
 _MERGES = ("sum", "mul", "ave", "concat", None)
 
@@ -62,33 +61,31 @@ def _run(call: Call, layer: Any, inside: str, states: list[Value]) -> tuple[Valu
     layer is reached from the called one.
     """
     cell, s = layer.cell, call.s
-    if type(cell) not in _GATES or len(call.x) != 3:
+    if type(cell) not in _CELLS or len(call.x) != 3:
         raise ValueError("a cell of another kind")
-    kernel, recurrent = (call.weight(name, cell) for name in ("kernel", "recurrent_kernel"))
-    if kernel is None or recurrent is None:
+    kernel, state_kernel = (call.weight(name, cell) for name in ("kernel", "recurrent_kernel"))
+    if kernel is None or state_kernel is None:
         raise ValueError("a cell that is not built")
-    gates, units = _GATES[type(cell)], recurrent[0]
+    bias = call.weight("bias", cell)
+    s.fix(call.x, SPATIAL, [1])
+    if bias is not None:
+        s.fix(bias, recurrent.GATES, range(len(bias) - 1))  # of a GRU two in one
+    units = recurrent.cell(
+        s,
+        features=call.x[2],
+        inputs=kernel[0],
+        recurrent=state_kernel[0],
+        wide=[kernel[1], state_kernel[1], *(() if bias is None else (bias[-1],))],
+        states=[state[-1] for state in states],
+        steps=len(call.x[0]) * len(call.x[1]),
+        layer=call.path,
+    )
     if layer.stateful:
         s.ids.fix(units, "the state of a stateful recurrent layer")
     for activation in (cell.activation, getattr(cell, "recurrent_activation", cell.activation)):
         name = str(getattr(activation, "__name__", ""))
         if name not in POINTWISE or activation is not getattr(keras.activations, name, None):
             s.ids.fix(units, f"the activation {name or activation} of {call.path} cannot be followed")
-    s.ids.unite(call.x[2], kernel[0])
-    s.ids.contract(kernel[0])
-    s.ids.contract(recurrent[0])
-    s.fix(call.x, SPATIAL, [1])
-    wide = np.tile(units, gates)
-    bias = call.weight("bias", cell)
-    for axis in (kernel[1], recurrent[1], *(() if bias is None else (bias[-1],))):
-        s.ids.unite(axis, wide)
-    if bias is not None:
-        s.fix(bias, "the two biases of a gate", range(len(bias) - 1))
-    for state in states:
-        s.ids.unite(state[-1], units)
-    steps = (len(call.x[0]), len(call.x[1]))
-    s._count(call.path, steps, (kernel[0], kernel[1]))
-    s._count(call.path, steps, (recurrent[0], recurrent[1]))
     call.edit(f"{inside}cell.units", lambda count: count(units))
     if isinstance(cell, L.LSTMCell):
         call.edit(f"{inside}cell.state_size", lambda count: (count(units), count(units)))

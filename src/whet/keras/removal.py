@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from whet.data import Batches
 from whet.errors import ModelError, SpecError
-from whet.graph.groups import Gone, Groups
-from whet.graph.ids import IntArray
+from whet.graph.cutting import changed, cut_masks, difference
 from whet.graph.placement import unmatched
 from whet.graph.selection import choose, eligible
 from whet.graph.views import Masks
 from whet.keras import surgery
+from whet.keras.constants import fold_constants
 from whet.keras.groups import read_model
 from whet.keras.importance import scores_of
 from whet.keras.model import copy
+from whet.keras.optimizers import slice_optimizer
 from whet.keras.sizes import named_weights
 from whet.keras.views import walk
 from whet.records import Step
@@ -27,11 +24,12 @@ from whet.specs import Prune, to_dict
 
 
 def remove(
-    model: Any, spec: Prune, *, example: Any, masks: Masks | None = None, data: Batches | None = None
+    model: Any, spec: Prune, *, example: Any, masks: Masks | None = None, data: Batches | None = None, optimizer: Any = None
 ) -> tuple[Any, Masks, Step]:
     """A smaller model of the same class without the least important channels or heads; `model` is unchanged.
 
-    Masks from before lose the same positions.
+    Masks from before lose the same positions, and so does `optimizer`, *in place*: an optimizer that trained `model` trains
+    the smaller model from then on, with the momenta of what is left.
 
     Raises:
         ModelError: the model has no layer graph, nothing would leave, or the result is not the original with the removed
@@ -53,36 +51,18 @@ def remove(
         raise ModelError(f"Prune can remove nothing from this model ({reasons}). See whet.groups(model, example).")
     gone = choose(groups, families, scores_of(work, families, spec.criterion, data), spec)
     kept, names = groups.kept(gone), [path for path, _ in walk(work)] + list(named_weights(work))
+    original, tolerance = surgery.outputs(work, example), surgery.tolerance_of(work)
+    constants = fold_constants(work, reading, gone, surgery.outputs, example)
+    made, worst = surgery.removed(work, reading, gone, example)
+    if optimizer is not None:
+        slice_optimizer(optimizer, model, made, kept)
+    known = {"oracle": worst, "tolerance": tolerance, "change": difference(surgery.outputs(made, example), original)}
     step = Step(
         to_dict(spec),
         changed(groups, gone),
         tuple({"name": name, "reason": reason} for name, reason in dict.fromkeys(skipped)),
-        0.0,
+        time.perf_counter() - started,
         unmatched=tuple(unmatched(dict.fromkeys(names, ()), (*spec.keep, *(spec.include or ())))),
+        removal=known | constants.to_dict(),
     )
-    made = surgery.removed(work, reading, gone, example)
-    step = replace(step, seconds=time.perf_counter() - started)
     return made, cut_masks(masks or {}, kept), step
-
-
-def changed(groups: Groups, gone: Gone) -> tuple[dict[str, Any], ...]:
-    """A row for each smaller weight: `{"name", "parameters", "sparsity", "shape", "left"}`, shapes before and after."""
-    rows = []
-    for name, axes in groups.kept(gone).items():
-        shape = groups.structure.held[name].shape
-        left = [len(axes[d]) if d in axes else n for d, n in enumerate(shape)]
-        size = int(np.prod(shape))
-        rows.append(
-            {"name": name, "parameters": size, "sparsity": 1 - int(np.prod(left)) / size, "shape": list(shape), "left": left}
-        )
-    return tuple(rows)
-
-
-def cut_masks(masks: Masks, kept: Mapping[str, Mapping[int, IntArray]]) -> Masks:
-    """Masks of weights that have lost positions, without these."""
-    out = {}
-    for name, mask in masks.items():
-        for axis, positions in kept.get(name, {}).items():
-            mask = np.take(mask, positions, axis)
-        out[name] = np.ascontiguousarray(mask)
-    return out

@@ -11,6 +11,7 @@ import numpy as np
 
 from whet.data import leaves
 from whet.errors import DataError, ModelError
+from whet.graph.cutting import difference
 from whet.graph.groups import Family, Gone
 from whet.graph.ids import Ids, IntArray
 from whet.keras.calls import SHAPE, Count, Edit, Own, Reader
@@ -103,8 +104,10 @@ def sizes_without(reading: Reading, gone: Gone) -> Sizes:
     return Sizes(attributes, shapes)
 
 
-def removed(model: Any, reading: Reading, gone: Gone, example: Any) -> Any:
+def removed(model: Any, reading: Reading, gone: Gone, example: Any) -> tuple[Any, float]:
     """`model`, which is changed, without these groups: itself or, with a layer graph of its own, a new one.
+
+    And how far its outputs are from the original's with these groups silenced, of the largest.
 
     Raises:
         ModelError: the result is not the original with these groups silenced.
@@ -128,14 +131,19 @@ def removed(model: Any, reading: Reading, gone: Gone, example: Any) -> Any:
         raise ModelError(
             f"The model does not run without these channels: {short(cause)} Name their layers in keep=."
         ) from cause
-    worst = _difference(found, expected)
-    half = keras.backend.standardize_dtype(model.compute_dtype) in ("float16", "bfloat16")
-    if not worst <= (_HALF_TOLERANCE if half else TOLERANCE):
+    worst = difference(found, expected)
+    if not worst <= tolerance_of(model):
         raise ModelError(
             f"Removing these channels does not give the original with them silenced (outputs differ by {worst:.3g} of the "
             "largest): an operation is followed wrongly (please report it). Name layers in keep= to find out which."
         )
-    return made
+    return made, worst
+
+
+def tolerance_of(model: Any) -> float:
+    """How far its outputs may be from what is expected, of the largest output."""
+    half = keras.backend.standardize_dtype(model.compute_dtype) in ("float16", "bfloat16")
+    return _HALF_TOLERANCE if half else TOLERANCE
 
 
 @contextmanager
@@ -171,19 +179,3 @@ def outputs(model: Any, example: Any) -> list[Any]:
     except Exception as cause:
         raise DataError(f"The model {model.name!r} cannot run on the example: {short(cause)}") from cause
     return leaves(keras.tree.map_structure(lambda tensor: to_numpy(keras.ops.stop_gradient(tensor)), made))
-
-
-def _difference(found: list[Any], expected: list[Any]) -> float:
-    """The largest difference, as a fraction of the largest output; infinite where shapes differ."""
-    worst = 0.0
-    for one, two in zip(found, expected, strict=True):
-        if one.shape != two.shape:
-            return float("inf")
-        if one.size and two.dtype.kind == "f":
-            both = ~(np.isnan(one) & np.isnan(two))
-            gap = np.abs(one.astype(np.float64) - two)[both]
-            scale = np.abs(two[np.isfinite(two)]).max(initial=0.0)
-            worst = max(worst, float(gap.max(initial=0.0)) / max(float(scale), 1e-12))
-        elif not np.array_equal(one, two):
-            return float("inf")
-    return worst

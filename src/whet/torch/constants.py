@@ -8,13 +8,13 @@ this is told.
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from whet.graph.cutting import CONSTANT, Constants, kinds_of
 from whet.graph.groups import Gone
 from whet.graph.ids import IntArray
 from whet.torch.attributes import first_names
@@ -23,7 +23,7 @@ from whet.torch.interception import map_tensors
 from whet.torch.program import arguments as positional
 from whet.torch.rebuild_layers import arguments
 
-_CONSTANT = 1e-4  # of a channel's largest value: what it may vary by and be called constant
+UNSEEN = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,31 +72,11 @@ class Reader:
     seen: Seen
 
 
-@dataclass(slots=True)
-class Constants:
-    """What was done about channels that leave.
-
-    silent, constant, varying: how many groups were zero, always another number, or neither. folded, left: sentences of layers
-    whose readers got the constant, and of those that could not. before: changed tensors, and what they held.
-    """
-
-    silent: int = 0
-    constant: int = 0
-    varying: int = 0
-    folded: list[dict[str, Any]] = field(default_factory=list)
-    left: list[dict[str, Any]] = field(default_factory=list)
-    before: list[tuple[Any, Any]] = field(default_factory=list)
-
-    def undo(self) -> None:
-        """Put the tensors back."""
-        with torch.no_grad():
-            for tensor, values in reversed(self.before):
-                tensor.copy_(values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for the step's record."""
-        counts = {"silent": self.silent, "constant": self.constant, "varying": self.varying}
-        return {**counts, "folded": self.folded, "left": self.left}
+def put_back(found: Constants) -> None:
+    """Put the tensors back."""
+    with torch.no_grad():
+        for tensor, values in reversed(found.before):
+            tensor.copy_(values)
 
 
 def fold_constants(model: Any, reading: Reading, gone: Gone) -> Constants:
@@ -104,18 +84,17 @@ def fold_constants(model: Any, reading: Reading, gone: Gone) -> Constants:
 
     Whether a channel is constant is seen on the example that the model was read with and on other numbers in its place.
     """
-    found, kinds = Constants(), dict.fromkeys(np.flatnonzero(gone).tolist(), -1)  # 0 silent, 1 constant, 2 varying
+    found, kinds = Constants(), dict.fromkeys(np.flatnonzero(gone).tolist(), UNSEEN)
     for reader in _readers(model, reading, gone):
         low, high = (side.cpu().numpy()[reader.at] for side in (reader.seen.low, reader.seen.high))
-        largest = np.maximum(np.abs(low), np.abs(high))
-        kind = np.where(high - low <= _CONSTANT * largest, np.where(largest == 0, 0, 1), 2)
+        kind = kinds_of(low, high)
         roots = reading.groups.held_roots()[reader.weight][reader.role.reads][reader.at]
         for root, one in zip(roots.tolist(), kind.tolist(), strict=True):
             kinds[root] = max(kinds[root], one)
-        if (kind == 1).any():
-            _fold(model, reader, reader.at[kind == 1], ((low + high) / 2)[kind == 1], found)
-    counted = Counter(kinds.values())
-    found.silent, found.constant, found.varying = counted[0], counted[1], counted[2] + counted[-1]
+        is_constant = kind == CONSTANT
+        if is_constant.any():
+            _fold(model, reader, reader.at[is_constant], ((low + high) / 2)[is_constant], found)
+    found.count(kinds.values())
     return found
 
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from whet.data import Batches
 from whet.errors import ModelError
-from whet.graph.groups import Gone, Groups
-from whet.graph.ids import IntArray
+from whet.graph.cutting import changed, cut_masks
+from whet.graph.groups import Gone
 from whet.graph.placement import unmatched
 from whet.graph.selection import choose, eligible
 from whet.graph.views import Masks
 from whet.records import Step
 from whet.specs import Prune, to_dict
 from whet.torch.attributes import Change
-from whet.torch.constants import fold_constants
+from whet.torch.constants import fold_constants, put_back
 from whet.torch.groups import Reading, read_model
 from whet.torch.importance import scores_of
 from whet.torch.rebuild import keep_records, new_sizes, plain_record, rebuilt
@@ -59,7 +56,7 @@ def remove(
         else:
             model = rebuild(model, reading, gone, surgeon, example)
     except ModelError:
-        constants.undo()
+        put_back(constants)
         raise
     if optimizer is not None:
         after = dict(model.named_parameters(remove_duplicate=False))
@@ -109,33 +106,3 @@ def record(model: Any, changes: list[Change]) -> None:
     for change in changes:
         sizes.setdefault(paths[id(change.module)], {})[change.name] = change.value
     note(model, SIZES, sizes)
-
-
-def changed(groups: Groups, gone: Gone) -> tuple[dict[str, Any], ...]:
-    """A row for each smaller parameter: `{"name", "parameters", "sparsity", "shape", "left"}`, shapes before and after."""
-    rows = []
-    for name, axes in groups.kept(gone).items():
-        held = groups.structure.held[name]
-        if held.is_parameter:
-            left = [len(axes[d]) if d in axes else n for d, n in enumerate(held.shape)]
-            size = int(np.prod(held.shape))
-            rows.append(
-                {
-                    "name": name,
-                    "parameters": size,
-                    "sparsity": 1 - int(np.prod(left)) / size,
-                    "shape": list(held.shape),
-                    "left": left,
-                }
-            )
-    return tuple(rows)
-
-
-def cut_masks(masks: Masks, kept: Mapping[str, Mapping[int, IntArray]]) -> Masks:
-    """Masks of tensors that have lost positions, without these."""
-    out = {}
-    for name, mask in masks.items():
-        for axis, positions in kept.get(name, {}).items():
-            mask = np.take(mask, positions, axis)
-        out[name] = np.ascontiguousarray(mask)
-    return out

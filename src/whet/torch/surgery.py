@@ -14,6 +14,7 @@ import torch
 
 from whet.data import leaves
 from whet.errors import DataError, ModelError
+from whet.graph.cutting import difference
 from whet.graph.groups import Family, Gone
 from whet.graph.ids import IntArray
 from whet.torch.attributes import Change, candidates, own_changes
@@ -178,9 +179,31 @@ class Surgeon:
         for extra in _combinations(self._guesses(gone, {(id(c.module), c.name) for c in own})):
             self._write(extra, undo)
             if self._agrees(expected):
-                return [*own, *extra]
+                return [*own, *extra, *self._told(gone, {(id(c.module), c.name) for c in (*own, *extra)}, undo, expected)]
             undo.back(sure)
         return None
+
+    def _told(self, gone: Gone, known: set[tuple[int, str]], undo: Undo, expected: list[Any]) -> list[Change]:
+        """Numbers of heads that modules hold and these operations do not need (views with -1): set where nothing else changes."""
+        found: dict[tuple[int, str], Change] = {}
+        for site in self._groups.structure.sites:
+            module = self._owners(site.name)[0] if site.free else None
+            for change in candidates(module, self._pairs(site.free, gone)) if site.free else ():
+                if "head" in change.name and (id(module), change.name) not in known:
+                    found.setdefault((id(module), change.name), change)
+        changes, before, was = list(found.values()), len(undo.entries), self.departure
+        self._write(changes, undo)
+        if not changes or self._agrees(expected):
+            return changes
+        undo.back(before)
+        self.departure = was
+        return []
+
+    def _pairs(self, pieces: tuple[Any, ...], gone: Gone) -> set[tuple[int, int]]:
+        """Sizes before and after, of those that change."""
+        ids = self._groups.structure.ids
+        pairs = {(len(piece), int((~gone[ids.find(piece)]).sum())) for piece in pieces}
+        return {(old, new) for old, new in pairs if old != new}
 
     def _write(self, changes: list[Change], undo: Undo) -> None:
         for change in changes:
@@ -189,10 +212,8 @@ class Surgeon:
     def _guesses(self, gone: Gone, known: set[tuple[int, str]]) -> list[Change]:
         """Attributes that hold a size which changes, in the modules around the operations where it is written."""
         found: dict[tuple[int, str], Change] = {}
-        ids = self._groups.structure.ids
         for site in self._groups.structure.sites:
-            pairs = {(len(p), int((~gone[ids.find(p)]).sum())) for p in site.pieces}
-            pairs = {(old, new) for old, new in pairs if old != new}
+            pairs = self._pairs(site.pieces, gone)
             for module in self._owners(site.name) if pairs else ():
                 for change in candidates(module, pairs):
                     if (id(module), change.name) not in known:
@@ -242,25 +263,6 @@ def tolerance_of(model: Any) -> float:
 def equal(found: list[Any], expected: list[Any], tolerance: float = TOLERANCE) -> bool:
     """Whether the outputs have the same shapes and differ by at most `tolerance` of the largest value."""
     return difference(found, expected) <= tolerance
-
-
-def difference(found: list[Any], expected: list[Any]) -> float:
-    """The largest difference of any output, over the largest value of that output; infinite where shapes or integers differ."""
-    if len(found) != len(expected):
-        return math.inf
-    worst = 0.0
-    for one, two in zip(found, expected, strict=True):
-        if one.shape != two.shape:
-            return math.inf
-        if one.size and two.dtype.kind == "f":
-            finite = np.isfinite(two)
-            if not np.array_equal(one[~finite], two[~finite], equal_nan=True):
-                return math.inf
-            gap = np.abs(one[finite].astype(np.float64) - two[finite]).max(initial=0.0)
-            worst = max(worst, float(gap / max(np.abs(two[finite]).max(initial=0.0), 1e-12)))
-        elif not np.array_equal(one, two):
-            return math.inf
-    return worst if math.isfinite(worst) else math.inf
 
 
 def sliced(tensor: Any, axes: Mapping[int, IntArray]) -> Any:
