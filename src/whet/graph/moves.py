@@ -123,7 +123,8 @@ def reshape(s: Structure, x: Value, shape: Sequence[int], name: str, free: Seque
         out = _reshape_in_runs(s, x, shape, name)
     else:
         out = _joined(s, _factors(s, x, common, bounds[0]), shape, common, bounds[1])
-    s.sites.append(Site(name, tuple(s.ids.fresh(0) if d in free else axis for d, axis in enumerate(out))))
+    pieces = tuple(s.ids.fresh(0) if d in free else axis for d, axis in enumerate(out))
+    s.sites.append(Site(name, pieces, tuple(out[d] for d in free)))
     return out
 
 

@@ -45,10 +45,14 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
-    """An operation with sizes written into it (a view, a pad, a split): size i is the number of ids in `pieces[i]`."""
+    """An operation with sizes written into it (a view, a pad, a split): size i is the number of ids in `pieces[i]`.
+
+    free: further dimensions, whose sizes the operation works out by itself (-1); the code may hold them all the same.
+    """
 
     name: str
     pieces: tuple[IntArray, ...]
+    free: tuple[IntArray, ...] = ()
 
 
 @dataclass(slots=True)

@@ -61,7 +61,7 @@ class Surgeon:
         self._model, self._groups = model, reading.groups
         self._nodes = {node.name: node for node in reading.program.graph.nodes}
         self._inputs = to_tensors(example, device_of(model), dtype_of(model))
-        self._names = holders(model)
+        self._names, self._modules = holders(model), dict(model.named_modules())
         self.departure = math.inf  # of the last comparison: the largest difference, of the largest output
 
     def outputs(self) -> list[Any]:
@@ -122,15 +122,15 @@ class Surgeon:
         """The modules around an operation, the innermost first."""
         stack = self._nodes[name].meta.get("nn_module_stack") or {}
         paths = [str(path).removeprefix("L__self__").lstrip(".") for path, _ in reversed(stack.values())]
-        known = dict(self._model.named_modules())
-        return [known[path] for path in paths if path in known] or [self._model]
+        return [self._modules[path] for path in paths if path in self._modules] or [self._model]
 
     def _why(self, family: Family) -> str:
         places = [f"{self._nodes[n].target._schema.name.split('::')[-1]} in {self._where(n)}" for n in family.sites]
         return f"the model's code fixes its size ({', '.join(dict.fromkeys(places))})"
 
     def _where(self, name: str) -> str:
-        path = next((p for p, module in self._model.named_modules() if module is self._owners(name)[0]), "")
+        owner = self._owners(name)[0]
+        path = next((path for path, module in self._modules.items() if module is owner), "")
         return path or type(self._model).__name__
 
     def _attempt(self, gone: Gone) -> list[Change] | None:
@@ -184,7 +184,7 @@ class Surgeon:
         return None
 
     def _told(self, gone: Gone, known: set[tuple[int, str]], undo: Undo, expected: list[Any]) -> list[Change]:
-        """Numbers of heads that modules hold and these operations do not need (views with -1): set where nothing else changes."""
+        """Numbers of heads that modules hold and these operations do not need (views with -1); set where it changes nothing."""
         found: dict[tuple[int, str], Change] = {}
         for site in self._groups.structure.sites:
             module = self._owners(site.name)[0] if site.free else None
