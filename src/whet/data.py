@@ -71,6 +71,16 @@ class Batches:
             raise DataError(f"{self.what} held no batches.")
         return found
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether every pass sees the same batches, as far as can be told: whole arrays, or a list."""
+        return self._is_arrays or isinstance(self._data, list | tuple)
+
+    @property
+    def source(self) -> Any:
+        """The data as they were given."""
+        return self._data
+
     def __len__(self) -> int:
         """The number of batches; read once to find out where the data does not say."""
         if self._is_arrays:

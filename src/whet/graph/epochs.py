@@ -8,13 +8,15 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from whet.data import Batches, primary
 from whet.errors import DataError, ModelError
+from whet.graph.checkpoints import Checkpoint, data_digest, digest, random_state, set_random_state
 from whet.graph.masking import Masker
 from whet.graph.views import Masks
 from whet.numerics.metrics import default_metric
@@ -34,18 +36,19 @@ class TrainingRun:
 
     Without `val` (or without targets in it) the loss on train decides which epoch is best. teacher: the model that `Distill`
     learns from. masks: of earlier prunings, held. device: None: where the model is. No epoch is best that ends before
-    `settled` steps.
+    `settled` steps. checkpoint: a file that is written after every epoch; where it exists the training goes on from it.
     """
 
     train: Batches
     val: Batches | None = None
     metric: Metric | None = None
     teacher: Any = None
-    masks: Masks = dataclasses.field(default_factory=dict)
+    masks: Masks = field(default_factory=dict)
     seed: int = 0
     device: str | None = None
     progress: bool = True
     settled: int = 0
+    checkpoint: Path | None = None
 
     def ramp(self, spec: Train) -> Ramp | None:
         """The schedule of what `spec` prunes, laid on all steps; None where it does not prune.
@@ -98,6 +101,16 @@ class Judge:
         return mean_score(self._metric, outputs)
 
 
+@dataclass(slots=True)
+class Standing:
+    """Where a training stands between two epochs, beside the model and what trains it."""
+
+    best: Any  # a snapshot
+    epoch: int = 0
+    stopping: StoppingState = field(default_factory=StoppingState)
+    decision: Decision = field(default_factory=lambda: Decision(False, False, ""))
+
+
 class Epochs(ABC):
     """The epochs of one `Train`. A framework side says what a step is, and how weights are kept and given back."""
 
@@ -120,6 +133,22 @@ class Epochs(ABC):
     def restore(self, saved: Any) -> None:
         """Give the model the weights of a snapshot."""
 
+    @abstractmethod
+    def packed(self, saved: Any) -> Any:
+        """A snapshot as a tree of plain values and NumPy arrays, for a file."""
+
+    @abstractmethod
+    def unpacked(self, packed: Any) -> Any:
+        """The snapshot that `packed` made this of."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """All else that the next step depends on, as `packed`: the optimizer, random numbers, the teacher's projectors."""
+
+    @abstractmethod
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+
     def training_mode(self) -> AbstractContextManager[Any]:
         """The state in which the model trains; left when all is done."""
         return nullcontext()
@@ -130,27 +159,23 @@ class Epochs(ABC):
 
     def run(self) -> dict[str, Any]:
         """Train to the end or until stopped, restore the best weights, and say why it ended."""
-        best = self.snapshot()
-        state, decision = StoppingState(), Decision(False, False, "")
+        at = Standing(self.snapshot())
+        checkpoint = self._checkpoint()
         with self.training_mode(), task("Training", self.steps, enabled=self.given.progress) as shown:
             try:
-                for epoch in range(1, self.spec.epochs + 1):
-                    loss = self._epoch(self.given.train.shuffled(self.given.seed + epoch - 1), epoch, shown)
-                    value = self.judge.value(loss)
-                    state, decision = self._decide(state, value)
-                    self._record(epoch, loss, value, shown)
-                    if decision.is_best:
-                        best = self.snapshot()
-                    if decision.stop:
-                        break
+                if checkpoint is not None:
+                    self._go_on(checkpoint, at, shown)
+                while at.epoch < self.spec.epochs and not at.decision.stop:
+                    self._next(at, shown)
+                    if checkpoint is not None:
+                        checkpoint.write(self._standing(at))
             finally:
-                self.restore(best)
+                self.restore(at.best)
                 self.masker.hold()
-        self._check(state)
-        ran = len(self.history)
-        reason = decision.reason if decision.stop else f"ran all {ran} epochs"
-        best_epoch = None if state.best_epoch is None else state.best_epoch + 1  # counted from 1, as in the history
-        return {"reason": reason, "best_epoch": best_epoch, "epochs": ran}
+        self._check(at.stopping)
+        ran, best = len(self.history), at.stopping.best_epoch
+        reason = at.decision.reason if at.decision.stop else f"ran all {ran} epochs"
+        return {"reason": reason, "best_epoch": None if best is None else best + 1, "epochs": ran}  # counted from 1
 
     def told(self, stop: dict[str, Any], started: float, notes: list[str]) -> tuple[Masks, Step]:
         """The masks and the report's row; `stop` is what `run` returned, `started` the clock at the beginning."""
@@ -164,6 +189,61 @@ class Epochs(ABC):
         """The learning rate of `step`: cosine decay to zero (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5)."""
         rate = self.spec.learning_rate
         return rate if self.spec.decay is None else rate * 0.5 * (1 + math.cos(math.pi * min(step / self.steps, 1)))
+
+    def _next(self, at: Standing, shown: Task) -> None:
+        """One epoch, and what it is worth."""
+        at.epoch += 1
+        loss = self._epoch(self.given.train.shuffled(self.given.seed + at.epoch - 1), at.epoch, shown)
+        value = self.judge.value(loss)
+        at.stopping, at.decision = self._decide(at.stopping, value)
+        self._record(at.epoch, loss, value, shown)
+        if at.decision.is_best:
+            at.best = self.snapshot()
+
+    def _checkpoint(self) -> Checkpoint | None:
+        """The file of this training, which knows it by what it began with."""
+        given = self.given
+        if given.checkpoint is None:
+            return None
+        masks = {f"mask {name}": np.asarray(mask) for name, mask in given.masks.items()}
+        belongs = {
+            "spec": plain_spec(self.spec),
+            "seed": given.seed,
+            "metric": self.judge.name,
+            "train data": data_digest(given.train),
+            "val data": None if given.val is None else data_digest(given.val),
+            "model": digest(dict(_named_arrays(self.packed(self.snapshot()))) | masks),
+        }
+        return Checkpoint(given.checkpoint, belongs)
+
+    def _standing(self, at: Standing) -> dict[str, Any]:
+        return {
+            "epoch": at.epoch,
+            "step": self.step,
+            "history": self.history,
+            "stopping": dataclasses.asdict(at.stopping),
+            "decision": dataclasses.asdict(at.decision),
+            "best": self.packed(at.best),
+            "weights": self.packed(self.snapshot()),
+            "masker": self.masker.state(),
+            "random": random_state(),
+            "side": self.state(),
+        }
+
+    def _go_on(self, checkpoint: Checkpoint, at: Standing, shown: Task) -> None:
+        """From where `checkpoint` was written, if it was."""
+        found = checkpoint.read()
+        if found is None:
+            return
+        at.epoch, self.step, self.history = found["epoch"], found["step"], found["history"]
+        at.stopping, at.decision = StoppingState(**found["stopping"]), Decision(**found["decision"])
+        at.best = self.unpacked(found["best"])
+        self.restore(self.unpacked(found["weights"]))
+        self.masker.restore(found["masker"])
+        self.load(found["side"])
+        set_random_state(found["random"])
+        self.notes.append(f"continued from the checkpoint after epoch {at.epoch}")
+        shown.advance(self.step, f"continued after epoch {at.epoch}")
 
     def _decide(self, state: StoppingState, value: float) -> tuple[StoppingState, Decision]:
         higher = self.judge.higher_is_better
@@ -231,6 +311,15 @@ class Epochs(ABC):
                 f"In no epoch was {self.judge.name!r} a finite number: the model's outputs on val are NaN or Inf. "
                 "Lower Train.learning_rate. The weights are where they began."
             )
+
+
+def _named_arrays(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The arrays of a tree, by the way to them."""
+    if isinstance(tree, dict | list):
+        for key, item in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _named_arrays(item, f"{path}/{key}")
+    elif isinstance(tree, np.ndarray):
+        yield path, tree
 
 
 def plain_spec(spec: Train) -> dict[str, Any]:

@@ -138,6 +138,54 @@ class _Loop(Epochs):
         for weight, value in zip(self.model.weights, saved, strict=True):
             weight.assign(value)
 
+    def packed(self, saved: list[Any]) -> Any:
+        """A snapshot for a file: it is one already."""
+        return saved
+
+    def unpacked(self, packed: Any) -> list[Any]:
+        """A snapshot from a file."""
+        found: list[Any] = packed
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """All variables: seeds and what the teacher's losses have learned too, and the optimizer's; the backend's numbers."""
+        found = {"variables": self._variables(), "optimizer": self._optimizer_variables()}
+        plain = {name: [np.array(to_numpy(variable)) for variable in variables] for name, variables in found.items()}
+        return plain | {"generator": backend_random_state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        for variables, saved in ((self._variables(), state["variables"]), (self._optimizer_variables(), state["optimizer"])):
+            for variable, value in zip(variables, saved, strict=True):
+                variable.assign(value)
+        set_backend_random_state(state["generator"])
+
+    def _variables(self) -> list[Any]:
+        return list(self.trainer.variables)
+
+    def _optimizer_variables(self) -> list[Any]:
+        optimizer = self.trainer.optimizer
+        if not optimizer.built:
+            optimizer.build(self.trainer.trainable_variables)
+        return list(optimizer.variables)
+
+
+def backend_random_state() -> Any:
+    """Where the random numbers of the torch backend stand; others draw from the model's own seeds alone."""
+    if keras.backend.backend() != "torch":
+        return None
+    import torch
+
+    return torch.get_rng_state().numpy()
+
+
+def set_backend_random_state(state: Any) -> None:
+    """Go on with the random numbers of `backend_random_state`."""
+    if state is not None:
+        import torch
+
+        torch.set_rng_state(torch.from_numpy(state.copy()))
+
 
 @contextlib.contextmanager
 def seeded(model: Any, seed: int) -> Iterator[None]:

@@ -14,22 +14,20 @@ from typing import Any
 import numpy as np
 
 from whet.data import Batches, rows
-from whet.errors import DataError, OutputError, SpecError
-from whet.files import check_writable, filling
+from whet.errors import DataError, SpecError
 from whet.graph.epochs import TrainingRun
 from whet.numerics.statistics import examples_needed
 from whet.pipeline.compressed import Compressed, as_metric, outputs_of, placement_record, start
+from whet.pipeline.output import check_output, write_output
 from whet.pipeline.pruning import prune_step
 from whet.pipeline.quantizing import quantize_step
 from whet.pipeline.side import Model, side_of
 from whet.pipeline.verbs import expect
 from whet.records import Report
-from whet.report.html import write_html
-from whet.report.sinks import CSV_FILES, write_csv
+from whet.report.sinks import CSV_FILES
 from whet.runtimes.content import check_integer
 from whet.runtimes.environment import environment
 from whet.runtimes.evidence import Measured, change, gather, parity, score
-from whet.runtimes.sessions import companion_of, parts
 from whet.specs import (
     Budget,
     Cubic,
@@ -47,6 +45,7 @@ from whet.specs import (
 )
 
 CALIBRATION_EXAMPLES = 512
+CHECKPOINTS = "checkpoints"  # in the output folder, until all is done
 REPORT_FILES = ("report.json", "report.html", *CSV_FILES)
 ROUNDING = 1e-9  # 0.97 - 0.96 is not above 0.01
 
@@ -67,6 +66,7 @@ class Job:
     seed: int
     device: str | None
     progress: bool
+    checkpoints: Path | None  # a folder
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,7 +107,8 @@ def compress(
     no recipe holds the budget, the best one is returned and `report.data["budget"]` says what was missed.
 
     With `out`, that folder receives the exported original and model, report.json, report.html, and the training history and
-    final numbers as CSV. `log` is called with the report at the end: see `whet.report.sinks` for TensorBoard and MLflow.
+    final numbers as CSV. Until then it holds a checkpoint of each training: after a crash the same call goes on from there.
+    `log` is called with the report at the end: see `whet.report.sinks` for TensorBoard and MLflow.
 
     Raises:
         ModelError, DataError, SpecError, MetricError, TargetError, ExportError: what is wrong, where, what is allowed.
@@ -124,7 +125,7 @@ def compress(
     folder = None if out is None else Path(out)
     names = (f"original{rules.suffix}", f"model{rules.suffix}", *REPORT_FILES)
     if folder is not None:
-        _check_output(folder, names, overwrite=overwrite)
+        check_output(folder, names, overwrite=overwrite)
     training, validation = Batches(train, "train"), Batches(val, "val")
     if example is None:
         original.example, _ = training.first()
@@ -141,13 +142,15 @@ def compress(
         seed,
         device,
         progress,
+        None if folder is None else folder / CHECKPOINTS,
     )
     _check_metric(job)
     with tempfile.TemporaryDirectory(prefix="whet-") as temporary:
         chosen, tried = _search(job, original, _recipes(recipe, job), Path(temporary))
         result = _finish(job, chosen, tried, Path(temporary) / names[0])
         if folder is not None:
-            _write_output(folder, names, Path(temporary) / names[0], chosen.file, result.report)
+            write_output(folder, names, Path(temporary) / names[0], chosen.file, result.report)
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     if log is not None:
         log(result.report)
     return result
@@ -166,10 +169,14 @@ def default_recipes(*, classifies: bool, has_targets: bool) -> tuple[Recipe, ...
     return (trained(0.8), trained(0.5), Recipe((Quantize(),)))
 
 
-def run_recipe(recipe: Recipe, job: Job) -> Compressed:
-    """Run the steps of `recipe` on a fresh copy of the model, masks persisting; the original is the teacher."""
+def run_recipe(recipe: Recipe, job: Job, name: str = "recipe") -> Compressed:
+    """Run the steps of `recipe` on a fresh copy of the model, masks persisting; the original is the teacher.
+
+    `name` begins the names of its checkpoints.
+    """
     made = start(job.model, example=job.example, seed=job.seed)
-    for step in recipe.steps:
+    for number, step in enumerate(recipe.steps, 1):
+        checkpoint = None if job.checkpoints is None else job.checkpoints / f"{name}-step-{number}.safetensors"
         if isinstance(step, Train):
             run = TrainingRun(
                 train=job.train,
@@ -180,6 +187,7 @@ def run_recipe(recipe: Recipe, job: Job) -> Compressed:
                 seed=job.seed,
                 device=job.device,
                 progress=job.progress,
+                checkpoint=checkpoint,
             )
             made.masks, record = made.side.train(made.float_model, step, run)
         elif isinstance(step, Prune):
@@ -197,6 +205,7 @@ def run_recipe(recipe: Recipe, job: Job) -> Compressed:
                 teacher=job.model,
                 device=job.device,
                 progress=job.progress,
+                checkpoint=checkpoint,
             )
         made.steps += (record,)
     return made
@@ -207,7 +216,7 @@ def _search(job: Job, original: Compressed, recipes: tuple[Recipe, ...], folder:
     baseline = original.export(folder / f"original{job.target.suffix}", job.target)
     tried: list[Candidate] = []
     for index, recipe in enumerate(recipes):
-        made = run_recipe(recipe, job)
+        made = run_recipe(recipe, job, f"recipe-{index + 1}")
         file = made.export(folder / str(index) / f"model{job.target.suffix}", job.target)
         if made.plan is not None and made.plan.values:
             check_integer(file, float_allowed=_float_weights(made))
@@ -372,29 +381,3 @@ def _check_metric(job: Job) -> None:
     inputs, targets = job.val.first()
     if targets is None or job.metric.per_example:
         score(side_of(job.model).predict(job.model, inputs), Batches([(inputs, targets)], "val"), job.metric)
-
-
-def _check_output(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
-    """Refuse, before any work, an output that would lose something or cannot be written."""
-    beside = [companion for name in names if (companion := companion_of(folder / name)) is not None]
-    present = [path.name for path in (*(folder / name for name in names), *beside) if path.exists()]
-    if present and not overwrite:
-        raise OutputError(
-            f"{str(folder)!r} already holds {', '.join(present)}. Choose another folder, or pass overwrite=True (--overwrite)."
-        )
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{str(folder)!r} is a file; out must name a folder.")
-    check_writable(folder)
-
-
-def _write_output(folder: Path, names: Sequence[str], original: Path, model: Path, report: Report) -> None:
-    """Write the files beside their places first, then rename them: all of them appear, or none is half-written."""
-    with filling(folder) as scratch:
-        for exported in (original, model):
-            for part in parts(exported):  # an .xml has its .bin beside it, a SavedModel is a folder
-                copy = scratch / part.relative_to(exported.parent)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(part, copy)
-        (scratch / names[2]).write_text(report.to_json(), encoding="utf-8")
-        write_html(report, scratch / names[3])
-        write_csv(report, scratch)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ def quantize_step(
     teacher: Model | None = None,
     device: str | None = None,
     progress: bool = True,
+    checkpoint: Path | None = None,
 ) -> Step:
     """Quantize the float model of `compressed`, which gets a plan, and train it with that plan where `spec.qat` says so.
 
@@ -48,7 +50,7 @@ def quantize_step(
     if calibration is not None and isinstance(spec.activations, Int):
         warn_of_poor_calibration(calibration)
     said, record = dict[str, dict[str, Any]](), dict[str, Any]()
-    fixed = spec
+    fixed, runs = spec, count(1)
     if isinstance(spec.weights, Adaptive):
         found = resolve(compressed, spec, target, calibration=calibration, val=val, metric=metric, progress=progress)
         fixed, said, record["adaptive"] = found.spec, found.rows, found.record
@@ -66,6 +68,7 @@ def quantize_step(
             teacher=teacher,
             device=device,
             progress=progress and spec.max_drop is None,
+            checkpoint=_numbered(checkpoint, next(runs)),
         )
 
     if spec.max_drop is None:
@@ -109,6 +112,7 @@ def _quantized(
     teacher: Model | None,
     device: str | None,
     progress: bool,
+    checkpoint: Path | None,
 ) -> Step:
     """*In place*: solve a plan, and train with it where there is `fit`."""
     compressed.plan, step = compressed.side.quantize(
@@ -125,11 +129,17 @@ def _quantized(
         seed=compressed.seed,
         device=device,
         progress=progress,
+        checkpoint=checkpoint,
     )
     compressed.plan, trained = compressed.side.quantize_aware(compressed.float_model, spec, compressed.plan, fit, run)
     rows = {row["name"]: row for row in trained.changed}
     changed = tuple({**row, **rows.get(row["name"], {})} for row in step.changed)
     return replace(step, changed=changed, seconds=step.seconds + trained.seconds, train=trained.train)
+
+
+def _numbered(path: Path | None, run: int) -> Path | None:
+    """`path` for the first run, a path beside it for each further one that accuracy control asks for."""
+    return path if path is None or run == 1 else path.with_name(f"{path.stem}-{run}{path.suffix}")
 
 
 def training_of(spec: Quantize, fit: Train | None, train: Batches | None) -> Train | None:

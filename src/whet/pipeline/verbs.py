@@ -32,14 +32,19 @@ def fit(
     seed: int = 0,
     device: str | None = None,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Compressed:
     """Train a copy of `model` as `spec` says, with the techniques in `spec.apply`; the best weights are restored.
 
     `metric` is scored on `val` after every epoch; without `val` the training loss decides. `teacher` is needed when
     `spec.apply` holds a `Distill`. Masks of an earlier pruning are kept.
 
+    `checkpoint` names a file that is written after every epoch. Where it exists already the training goes on from it: killed
+    at any moment, the same call ends with the same result as if it had not been.
+
     Raises:
         SpecError, DataError, ModelError, MetricError: what is wrong, where, and what is allowed.
+        OutputError: the checkpoint belongs to another training, or cannot be written.
     """
     expect("spec", spec, Train)
     if spec.distill is not None and teacher is None:
@@ -59,6 +64,7 @@ def fit(
         seed=seed,
         device=device,
         progress=progress,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
     )
     compressed.masks, step = compressed.side.train(compressed.float_model, spec, run)
     compressed.steps += (step,)
@@ -78,12 +84,14 @@ def prune(
     seed: int = 0,
     device: str | None = None,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Compressed:
     """Set the least important weights of a copy of `model` to zero: at once, or on a schedule while training with `fit`.
 
     `Channel()` and `Head()` remove instead, and the result is checked against the original with what left silenced; they need
     `example` or `train`, and with `fit` the smaller model is trained after. Criteria of gradients take `train` too.
-    `Layer()` removes whole layers, `Group(…)` what you name. With `latency=` the file of `target` is timed.
+    `Layer()` removes whole layers, `Group(…)` what you name. With `latency=` the file of `target` is timed. `checkpoint` is a
+    file to go on from, as in `fit`.
 
     Raises:
         SpecError: a schedule without training, or one that cannot reach its target in the given steps.
@@ -96,9 +104,10 @@ def prune(
         if spec.removes:
             smaller = prune(model, spec, train=train, target=target, example=example, seed=seed, progress=progress)
             options = {"train": train, "val": val, "metric": metric, "seed": seed, "device": device, "progress": progress}
+            options["checkpoint"] = checkpoint
             return _fit(smaller, fit, teacher=plain_model(model) if fit.distill is not None else None, **options)
         together = replace(fit, apply=(*fit.apply, spec))
-        options = {"example": example, "seed": seed, "device": device, "progress": progress}
+        options = {"example": example, "seed": seed, "device": device, "progress": progress, "checkpoint": checkpoint}
         return _fit(model, together, train=train, val=val, metric=metric, **options)
     Recipe((spec,))  # refuses a schedule that needs training
     compressed = start(model, example=example, seed=seed)
@@ -128,8 +137,11 @@ def distill(
     seed: int = 0,
     device: str | None = None,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Compressed:
     """Train a copy of `student` as `fit` says, with `teacher`'s outputs as further targets. The teacher is untouched.
+
+    `checkpoint` is a file to go on from, as in `fit`.
 
     Raises:
         SpecError, DataError, ModelError: a softmaxed teacher, other classes than the student's, missing data.
@@ -137,7 +149,7 @@ def distill(
     expect("spec", spec, Distill)
     expect("fit", fit, Train)
     together = replace(fit, apply=(*fit.apply, spec))
-    options = {"example": example, "seed": seed, "device": device, "progress": progress}
+    options = {"example": example, "seed": seed, "device": device, "progress": progress, "checkpoint": checkpoint}
     return _fit(student, together, train=train, val=val, metric=metric, teacher=teacher, **options)
 
 
@@ -155,11 +167,13 @@ def quantize(
     seed: int = 0,
     device: str | None = None,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Compressed:
     """Quantize a copy of `model` after training, as `target` places it. `calibration` is representative, unlabelled data.
 
     With `Quantize(qat=QAT(…))` the quantized model is then trained on `train`: epochs and learning rate are QAT's, loss, decay,
     early stopping and distillation `fit`'s; the best epoch on `val` is kept. With `teacher=True` the given model teaches.
+    `checkpoint` is a file to go on from, as in `fit`.
 
     The result's `model` simulates the integers in float; `export` writes them.
 
@@ -196,6 +210,7 @@ def quantize(
         teacher=plain_model(model),
         device=device,
         progress=progress,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
     )
     compressed.steps += (step,)
     return compressed

@@ -43,6 +43,15 @@ class Objective:
             )
         return total
 
+    def state(self) -> Any:
+        """What the teacher's losses have learned, as a tree of tensors; None without a teacher."""
+        return None if self._teacher is None else self._teacher.state()
+
+    def load(self, state: Any) -> None:
+        """Go on from `state`."""
+        if self._teacher is not None:
+            self._teacher.load(state)
+
     def _supervised(self, outputs: Any, targets: Any) -> Any:
         if self._spec.loss is None:
             logits = primary(outputs)

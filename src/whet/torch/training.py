@@ -23,6 +23,7 @@ from whet.torch.learner import scale_names
 from whet.torch.model import call, dtype_of, evaluating, on_device, to_numpy, to_tensors
 from whet.torch.objective import Objective
 from whet.torch.prune import Masker
+from whet.torch.standing import generator_states, load_optimizer, optimizer_state, packed, set_generator_states, unpacked
 
 
 def train(model: Any, spec: Train, run: TrainingRun) -> tuple[Masks, Step]:
@@ -123,6 +124,33 @@ class _Loop(Epochs):
                 tensor.data.copy_(saved[name])
             else:  # a buffer that the forward replaced
                 tensor.data = saved[name].clone()
+
+    def packed(self, saved: dict[str, Any]) -> Any:
+        """A snapshot for a file."""
+        return packed(saved)
+
+    def unpacked(self, packed: Any) -> dict[str, Any]:
+        """A snapshot from a file."""
+        found: dict[str, Any] = unpacked(packed)
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """The optimizer's moments, torch's random numbers, and what the teacher's losses have learned."""
+        found = {
+            "optimizer": optimizer_state(self.optimizer),
+            "generators": generator_states(self.given.train.source),
+            "teacher": self.objective.state(),
+            "alone": self.alone,
+        }
+        return packed(found)  # type: ignore[no-any-return]
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        found = unpacked(state)
+        load_optimizer(self.optimizer, found["optimizer"])
+        self.objective.load(found["teacher"])
+        self.alone = found["alone"]
+        set_generator_states(self.given.train.source, found["generators"])
 
     def _tensors(self) -> list[tuple[str, Any]]:
         return [*self.model.named_parameters(), *self.model.named_buffers()]
