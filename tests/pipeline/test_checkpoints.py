@@ -110,5 +110,6 @@ def test_trees_come_back_bit_for_bit_and_what_a_killed_process_left_is_cleared(t
     checkpoint.write(tree)
     found = checkpoint.read()
     assert found["a"][1:] == [None, True, 1.5, "x"] and list(found) == ["a", "b", "c"]
-    for left, right in ((tree["a"][0], found["a"][0]), (tree["c"], found["c"]), *zip(tree["b"].values(), found["b"].values())):
+    pairs = [(tree["a"][0], found["a"][0]), (tree["c"], found["c"]), *((tree["b"][key], found["b"][key]) for key in tree["b"])]
+    for left, right in pairs:
         assert left.dtype == right.dtype and left.shape == right.shape and np.asarray(left).tobytes() == right.tobytes()

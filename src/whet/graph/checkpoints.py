@@ -1,7 +1,7 @@
 """Where a training stands between two epochs, in a file: killed at any moment, the same call goes on from the last one.
 
 The file is safetensors: every array as its bytes, and in the metadata one JSON text with all else, the types and the shapes.
-Nothing in it is executed or unpickled. It replaces the one before in one move of the file system: a file that is there is whole.
+Nothing in it is executed or unpickled. It replaces the one before in one move of the file system: what is there is whole.
 """
 
 from __future__ import annotations
