@@ -15,6 +15,7 @@ from whet.specs.vocabulary import *  # noqa: F403
 if TYPE_CHECKING:
     from whet.pipeline.compress import compress
     from whet.pipeline.compressed import Compressed
+    from whet.pipeline.expectation import expectation
     from whet.pipeline.sensitivity import Sensitivity, sensitivity
     from whet.pipeline.store import load
     from whet.pipeline.verbs import distill, finish, fit, groups, inspect, measure, prune, quantize
@@ -28,6 +29,7 @@ _LAZY = {
     "Compressed": "whet.pipeline.compressed",
     "load": "whet.pipeline.store",
     "distill": "whet.pipeline.verbs",
+    "expectation": "whet.pipeline.expectation",
     "finish": "whet.pipeline.verbs",
     "fit": "whet.pipeline.verbs",
     "groups": "whet.pipeline.verbs",
@@ -63,6 +65,7 @@ __all__ = [
     "WhetError",
     "compress",
     "distill",
+    "expectation",
     "finish",
     "fit",
     "groups",

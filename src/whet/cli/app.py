@@ -118,9 +118,20 @@ def compress(
         chosen = overrides(metric, recipe)
         with job_inputs(model, {"train": train, "val": val, "test": test}) as inputs:
             inputs |= chosen
+            if not quiet:
+                _told_before(inputs.get("recipe"), target)
             given: Any = {"target": target, "seed": seed, "device": device, "out": out, "overwrite": overwrite}
             compressed = run(budget=budget, progress=not quiet, **given, **inputs)
         _told_of_job(compressed.report, out, quiet)
+
+
+def _told_before(recipe: Any, target: str | None) -> None:
+    """Print what the recipe's pruning will give, and what not."""
+    from whet.pipeline.expectation import expectations
+    from whet.specs import Recipe
+
+    for told in () if recipe is None else expectations(recipe if isinstance(recipe, Recipe) else Recipe(recipe), target):
+        typer.echo(f"Prune: {told}", err=True)
 
 
 def _told_of_job(report: Any, out: Path, quiet: bool) -> None:

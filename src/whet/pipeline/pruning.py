@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import Any
 
 from whet.data import Batches
@@ -9,6 +11,7 @@ from whet.errors import DataError
 from whet.graph.groups import Groups
 from whet.pipeline.blocks import remove_blocks
 from whet.pipeline.compressed import Compressed, plain_model
+from whet.pipeline.expectation import expectation
 from whet.pipeline.latency import prune_to_latency
 from whet.pipeline.sensitive_pruning import prune_by_sensitivity
 from whet.pipeline.side import side_of
@@ -21,29 +24,37 @@ def prune_step(
 ) -> Step:
     """*In place*: prune the float model of `compressed` as `spec` says; `data` is for criteria that need it.
 
-    target: whose file a latency is measured on, by default the framework's own.
+    target: whose file a latency is measured on, by default the framework's own. What to expect of it is logged (logger "whet")
+    before anything is done, and kept in the step.
 
     Raises:
         DataError: removal follows channels and has no example to trace with.
         ModelError: nothing would change.
     """
-    if isinstance(spec.allocation, BySensitivity):
-        if compressed.example is None:
-            raise DataError("BySensitivity measures outputs and needs a batch: pass train= or example=.")
+    told = expectation(spec, target)
+    logging.getLogger("whet").info(told)
+    step = _pruned(compressed, spec, data, target, progress)
+    return replace(step, control={**(step.control or {}), "expected": told})
+
+
+def _pruned(compressed: Compressed, spec: Prune, data: Batches | None, target: Target | None, progress: bool) -> Step:
+    by_sensitivity = isinstance(spec.allocation, BySensitivity)
+    if compressed.example is None and (by_sensitivity or spec.removes):
+        what = "BySensitivity measures outputs" if by_sensitivity else "Removing channels or heads traces the model"
+        raise DataError(f"{what} and needs a batch: pass example= or train=.")
+    if by_sensitivity:
         return prune_by_sensitivity(compressed, spec, data, progress=progress)
-    if not spec.removes:
-        compressed.masks, step = compressed.side.prune(compressed.float_model, spec, masks=compressed.masks, data=data)
-        return step
-    if compressed.example is None:
-        raise DataError("Removing channels or heads traces the model and needs a batch: pass example= or train=.")
     if isinstance(spec.granularity, Layer):
         return remove_blocks(compressed, spec, data)
     if spec.latency is not None:
         rules = find_target(None, compressed.side.FRAMEWORK) if target is None else target
         return prune_to_latency(compressed, spec, data, rules, progress=progress)
-    compressed.float_model, compressed.masks, step = compressed.side.remove(
-        compressed.float_model, spec, example=compressed.example, masks=compressed.masks, data=data
-    )
+    if spec.removes:
+        compressed.float_model, compressed.masks, step = compressed.side.remove(
+            compressed.float_model, spec, example=compressed.example, masks=compressed.masks, data=data
+        )
+        return step
+    compressed.masks, step = compressed.side.prune(compressed.float_model, spec, masks=compressed.masks, data=data)
     return step
 
 
