@@ -14,6 +14,12 @@ from whet.numerics.losses_layers import layer_loss
 from whet.numerics.namespace import numpy_namespace
 from whet.specs import PKT, RKD, AttentionTransfer, Distill, Features, SimilarityPreserving, SoftTargets, Train
 
+# Losses on layers are tested alone; that they should not be used so is tested too.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Nothing but .* teaches:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.* without a loss on the outputs:UserWarning"),
+]
+
 SPECS = [Features("a", "b"), AttentionTransfer("a", "b"), RKD(), SimilarityPreserving(), PKT()]
 
 

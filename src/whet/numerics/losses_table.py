@@ -84,6 +84,14 @@ def looks_like_sigmoid(outputs: np.ndarray) -> bool:
     return outputs.size >= 32 and bool(((outputs >= 0) & (outputs <= 1)).all())
 
 
+def are_probabilities(outputs: np.ndarray, tolerance: float = 1e-4) -> bool:
+    """Whether `outputs` (…, classes) went through a softmax: at least two classes, none negative, rows that sum to 1."""
+    if outputs.ndim < 2 or outputs.shape[-1] < 2 or outputs.dtype.kind != "f" or not outputs.size:
+        return False
+    values = outputs.astype(np.float32, copy=False)
+    return bool((values >= 0).all()) and bool((np.abs(values.sum(-1) - 1) < tolerance).all())
+
+
 def warn_if_swapped(student: int, teacher: int) -> None:
     """Warn if the student has so many more parameters than its teacher that the two may have been exchanged."""
     if teacher and student > 3 * teacher:

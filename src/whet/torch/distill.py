@@ -39,7 +39,7 @@ def look_like_probabilities(outputs: Any) -> bool:
 
 @contextmanager
 def teaching(spec: Distill | None, teacher: Any, student: Any, device: Any) -> Iterator[Teacher | None]:
-    """The teacher of `spec`, a model, `StoredOutputs`, or a tuple of them, on `device` while the block runs; None without a spec.
+    """The teacher of `spec`, a model, `StoredOutputs` or a tuple of them, on `device` in the block; None without a spec.
 
     A teacher handed in is never moved or changed: on another device, and in training mode, a copy of it teaches, and every
     module's mode comes back afterwards.
@@ -78,7 +78,6 @@ class Teacher:
 
     def __init__(self, spec: Distill, sources: Sequence[Any], device: Any, listener: Listener) -> None:
         self._spec, self._sources, self._device, self._listener = spec, sources, device, listener
-        self.logits: Any = None  # of the last batch
         self.notes = [*listener.losses.notes(), *notes_of(sources)]
 
     def begin(self, student: Any, inputs: Any, targets: Any) -> None:
@@ -100,15 +99,10 @@ class Teacher:
     def loss(self, outputs: Any, inputs: Any, targets: Any) -> Any:
         """The sum of the distillation losses on one batch: `outputs` of the student on `inputs` (arrays)."""
         student, teacher, labels, real = self._arranged(primary(outputs), inputs, targets)
-        self.logits = teacher
         total: Any = self._listener.loss(student, teacher, real) if self._listener.losses else 0.0
         for loss in self._spec.of_outputs:
             total = total + loss.weight * distillation_loss(loss, student, teacher, labels, mask=real)
         return total
-
-    def running(self) -> Any:
-        """The context in which the student runs so that its layers are heard."""
-        return self._listener.running()
 
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """What losses train beside the student, as groups of an optimizer; `relative` is their rate over the student's."""

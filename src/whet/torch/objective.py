@@ -43,6 +43,10 @@ class Objective:
             )
         return total
 
+    def groups(self) -> list[dict[str, Any]]:
+        """What the teacher's losses train beside the model, as groups of its optimizer."""
+        return [] if self._teacher is None else self._teacher.groups(self._spec.learning_rate)
+
     def state(self) -> Any:
         """What the teacher's losses have learned, as a tree of tensors; None without a teacher."""
         return None if self._teacher is None else self._teacher.state()

@@ -46,11 +46,13 @@ def train(model: Any, spec: Train, run: TrainingRun) -> tuple[Masks, Step]:
     ):
         masker = Masker(model, spec.prune, run.masks, run.train, spec.loss)
         judge = Judge(run, lambda inputs: _predict(model, inputs, where))
+        if tutor is not None:
+            tutor.begin(model, *run.train.first())
         loop = _Loop(model, Objective(spec, tutor, where, dtype_of(model)), spec, run, judge, masker, ramp)
         stop = loop.run()
     if loop.alone:
         loop.notes.append(f"{loop.alone} batches of one example were left out: batch norm cannot train on them")
-    return loop.told(stop, started, [])
+    return loop.told(stop, started, [] if tutor is None else tutor.notes)
 
 
 def _predict(model: Any, inputs: Any, device: Any) -> Any:
@@ -72,7 +74,8 @@ class _Loop(Epochs):
         self.model, self.objective = model, objective
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ModelError("No parameter has requires_grad=True: there is nothing to train. Unfreeze some, or use prune().")
-        self.optimizer = torch.optim.AdamW(_decaying(model), lr=spec.learning_rate, weight_decay=spec.weight_decay)
+        groups = [*_decaying(model), *objective.groups()]
+        self.optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, weight_decay=spec.weight_decay)
         self.alone = 0  # batches left out: one example, which batch norm cannot train on
 
     @contextmanager
@@ -91,7 +94,7 @@ class _Loop(Epochs):
     def train_on(self, inputs: Any, targets: Any, where: str) -> float | None:
         """One optimizer step; its loss, or None for a batch of one that batch norm refuses."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(self.step)
+            group["lr"] = self.rate(self.step) * group.get("relative", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         try:
             loss = self.objective(self.model, inputs, targets)
