@@ -13,15 +13,11 @@ other work disturbs least; and the ratios of the single rounds, whose spread say
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import logging
 import os
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +29,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from cifar import images, resnet20  # noqa: E402
 from executorch_part import pt2e  # noqa: E402
+from peers import Peer, nncf_openvino, quiet, static  # noqa: E402
 
 import whet  # noqa: E402
 from whet.numerics.statistics import bootstrap, ratio_of_medians, sqnr_db  # noqa: E402
@@ -49,42 +46,7 @@ Bar = tuple[str, float, str, float]  # what, its value, the relation, the bar
 LEAST_GAIN_DB = {"onnxruntime": 3.0, "openvino": 1.0, "executorch": 3.0}
 
 
-def static(model: Path, batches: list[np.ndarray], path: Path) -> None:
-    """ONNX Runtime's own quantization of an ONNX file, with its defaults for x86."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.items = iter([{"x": batch} for batch in batches])
-
-        def get_next(self) -> Any:
-            return next(self.items, None)
-
-    quantize_static(
-        str(model),
-        str(path),
-        Reader(),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-    )
-
-
-def nncf(model: Path, batches: list[np.ndarray], path: Path) -> None:
-    """NNCF's quantization of an OpenVINO file, with its defaults."""
-    import nncf as peer
-    import openvino
-
-    opened = openvino.Core().read_model(str(model))
-    openvino.save_model(peer.quantize(opened, peer.Dataset(batches), subset_size=len(batches)), path, compress_to_fp16=False)
-
-
-PEERS: dict[str, Callable[[Path, list[np.ndarray], Path], None]] = {
-    "onnxruntime": static,
-    "openvino": nncf,
-    "executorch": pt2e,
-}
+PEERS: dict[str, Peer] = {"onnxruntime": static(), "openvino": nncf_openvino, "executorch": pt2e}  # with their defaults
 
 
 def main() -> None:
@@ -253,16 +215,6 @@ def run(session: Session, x: np.ndarray) -> np.ndarray:
 def top1(outputs: np.ndarray, y: np.ndarray) -> float:
     """The fraction of examples whose highest output is their label."""
     return float(np.mean(outputs.argmax(1) == y))
-
-
-@contextlib.contextmanager
-def quiet() -> Any:
-    """Without the peers' logs and bars."""
-    logging.disable(logging.WARNING)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
-    logging.disable(logging.NOTSET)
 
 
 if __name__ == "__main__":
