@@ -1,4 +1,4 @@
-"""Every family of keras.applications, with random weights, loses 30 % of its channels: exact, or the sentence that says why not.
+"""Every family of keras.applications, with random weights, loses 30 % of its channels: how exactly, or why it does not.
 
 python benchmarks/zoo_keras.py               # all, about two minutes of processor time
 python benchmarks/zoo_keras.py MobileNet VGG16

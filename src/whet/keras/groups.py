@@ -131,11 +131,17 @@ def _spec(call: clone.Call, args: Any, kwargs: Any) -> Any:
         operation = type(operation)(tuple(_ROWS if n is None else n for n in operation.newshape))
     try:
         found = operation.compute_output_spec(*args, **kwargs)
+        if any(None in tensor.shape for tensor in keras.tree.flatten(found)):  # some layers forget what they were built with
+            found = operation(*keras.tree.map_structure(_zeros, args), **keras.tree.map_structure(_zeros, kwargs))
     except Exception as cause:
         raise ModelError(f"The shape of what {call.node.layer!r} makes is not known: {short(cause)}") from cause
     if any(None in tensor.shape for tensor in keras.tree.flatten(found)):
         raise ModelError(f"The shape of what {call.node.layer!r} makes is not known: it depends on the values of its inputs.")
     return found
+
+
+def _zeros(leaf: Any) -> Any:
+    return keras.ops.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, keras.KerasTensor) else leaf
 
 
 def _input_shapes(path: str, inner: Any, given: list[Value]) -> Edit:
