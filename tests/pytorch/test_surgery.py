@@ -252,27 +252,6 @@ def test_criteria_choose_what_they_say() -> None:
         remove(demo, Prune(0.3, granularity=Channel(), criterion=Taylor(), round_to=1), example=inputs)
 
 
-def test_an_optimizers_state_loses_the_same_positions() -> None:
-    model, inputs = zoo_torch.CASES["demo"]()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    model(torch.from_numpy(inputs)).square().mean().backward()
-    optimizer.step()
-    momentum = {name: optimizer.state[p]["exp_avg"].clone() for name, p in model.named_parameters()}
-    spec = Prune(0.3, granularity=Channel(), round_to=1, include="conv1")
-    remove(model, spec, example=inputs, optimizer=optimizer)
-    assert optimizer.state[model.conv1.weight]["exp_avg"].shape == (7, 1, 3, 3)
-    rows = [
-        i
-        for i in range(10)
-        if any(torch.equal(momentum["conv1.weight"][i], m) for m in optimizer.state[model.conv1.weight]["exp_avg"])
-    ]
-    assert torch.equal(optimizer.state[model.conv2.weight]["exp_avg"], momentum["conv2.weight"][:, rows])
-    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in model.parameters()}
-    optimizer.zero_grad()
-    model(torch.from_numpy(inputs)).square().mean().backward()
-    optimizer.step()
-
-
 def test_frozen_sixteen_bit_and_training_models() -> None:
     model, inputs = zoo_torch.CASES["residual"]()
     model.requires_grad_(False).train()

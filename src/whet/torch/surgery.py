@@ -81,7 +81,7 @@ class Surgeon:
                     if len(at):
                         tensor = self._tensor(name)
                         index = torch.from_numpy(at).to(tensor.device)
-                        kept.append((tensor, d, index, tensor.index_select(d, index).clone()))
+                        kept.append((tensor, d, index, tensor.index_select(d, index)))
                         tensor.index_fill_(d, index, 0.0)
             try:
                 yield
@@ -267,9 +267,11 @@ def equal(found: list[Any], expected: list[Any], tolerance: float = TOLERANCE) -
 
 def sliced(tensor: Any, axes: Mapping[int, IntArray]) -> Any:
     """`tensor` with only these positions of its axes, in memory of its own."""
+    if not axes:
+        return tensor.clone()
     for axis, positions in axes.items():
         tensor = tensor.index_select(axis, torch.from_numpy(np.ascontiguousarray(positions)).to(tensor.device))
-    return tensor.clone()
+    return tensor
 
 
 def slice_optimizer(optimizer: Any, replaced: Mapping[int, tuple[Any, Mapping[int, IntArray]]]) -> None:
