@@ -49,8 +49,8 @@ def _masked(spec: Prune, where: str) -> str:
     least = zeros_bytes(sparsity)
     told = (
         f"{sparsity:.0%} of the weights become zeros, which stay stored and are still multiplied with: on {where} the file "
-        f"keeps its bytes and its time. Compressed it shrinks: gzip to about {min(1.0, _DEFLATE * least):.2f} of its bytes (at best "
-        f"{least:.2f})."
+        f"keeps its bytes and its time. Compressed it shrinks: gzip to about {min(1.0, _DEFLATE * least):.2f} of its "
+        f"bytes (at best {least:.2f})."
     )
     if isinstance(spec.granularity, NM):
         n, m = spec.granularity.n, spec.granularity.m
@@ -81,8 +81,8 @@ def _removed(spec: Prune, where: str) -> str:
         left = 1 - spec.fraction
         told = (
             f"{spec.fraction:.0%} of the {unit}s leave: weights between two pruned layers keep about {left * left:.2f} of "
-            f"their bytes and multiplications, those beside inputs and outputs {left:.2f}. On {where} time falls too, by less: what "
-            "is small waits for memory"
+            f"their bytes and multiplications, those beside inputs and outputs {left:.2f}. On {where} time falls too, by less: "
+            "what is small waits for memory"
         )
     elif amount == "latency":
         told = (

@@ -26,6 +26,7 @@ from whet.specs.budget import latency_limit
 
 _QUICK = ("onnxruntime", "openvino")  # whose files are written in a moment: the table of others is ONNX Runtime's
 ROUNDS = 3  # of choosing, exporting and measuring
+_SECONDS = 1.5  # of timing whole files
 _NEAR = 0.02  # of the limit: what two measurements of one file may differ by
 _SPARE = 0.85  # a file faster than this part of its limit has lost more than it had to
 
@@ -145,7 +146,7 @@ def _export(compressed: Compressed, model: Any, target: Target, path: Path) -> P
 def _time(compressed: Compressed, files: list[Path]) -> list[Timings]:
     example = take(compressed.example, np.arange(1) % rows(compressed.example))
     with pinned():
-        return alternate([open_session(file, threads=1) for file in files], example, budget_s=1.5)
+        return alternate([open_session(file, threads=1) for file in files], example, budget_s=_SECONDS)
 
 
 def _impossible(spec: Prune, original: float, limit: float, full: float, least: float) -> ModelError:
