@@ -143,6 +143,23 @@ def test_keep_in_the_middle_leaves_a_float_island_between_quantized_layers() -> 
     assert placed.skipped == (("b", "in keep"),)
 
 
+@pytest.mark.parametrize("kept", ["conv1", "conv2"])
+def test_a_sum_that_a_kept_layer_gives_to_or_reads_beside_stays_float_too(kept) -> None:
+    """Else what the layer reads, or gives, would be rounded for the sum: keeping it would win little."""
+    nodes = [node("stem", "conv", "input:0"), node("relu0", "relu", "stem")]
+    before, first = "relu0", "conv1"
+    for index in (1, 2):  # two residual blocks; the first one's layers are "conv1" and "conv2"
+        first, second = (("conv1", "conv2"), ("conv3", "conv4"))[index - 1]
+        nodes += [node(first, "conv", before), node(f"relu{index}", "relu", first), node(second, "conv", f"relu{index}")]
+        nodes += [node(f"add{index}", "add", second, before), node(f"end{index}", "relu", f"add{index}")]
+        before = f"end{index}"
+    placed = place(graph(*nodes), ORT, Quantize(keep=(kept,)))
+    assert "add1" not in placed.nodes and "add2" in placed.nodes
+    assert {"stem", "conv3", "conv4"} <= placed.nodes
+    later = place(graph(*nodes), ORT, Quantize(keep=("conv3",)))  # reads the sum of the block before it, too
+    assert not {"add1", "add2"} & later.nodes and "end1" not in later.values
+
+
 def test_include_names_what_is_quantized_and_the_rest_is_listed() -> None:
     g = graph(node("a", "conv", "input:0"), node("b", "conv", "a"))
     placed = place(g, ORT, Quantize(include=("b",)))

@@ -6,7 +6,7 @@ A quantizer sits where a value is produced, so that every reader sees the same c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -101,6 +101,12 @@ def unmatched(layers: Mapping[str, Sequence[str]], patterns: Sequence[Pattern]) 
     return [pattern if isinstance(pattern, str) else pattern.__qualname__ for pattern in missed]
 
 
+def rules_for(target: Target, spec: Quantize) -> Target:
+    """With symmetric activations a ReLU is no part of the rounding (half of the codes lie below zero): it stands alone."""
+    symmetric = isinstance(spec.activations, Int) and spec.activations.symmetric
+    return replace(target, fused=frozenset()) if symmetric and not target.signed_activations else target
+
+
 def place(graph: Graph, target: Target, spec: Quantize) -> Placement:
     """Where quantizers go.
 
@@ -108,7 +114,8 @@ def place(graph: Graph, target: Target, spec: Quantize) -> Placement:
     2. Without calibrated activations in the spec, all weights in `WEIGHTED` operations are quantized, and that is all. With
        `Dynamic`, operations in `target.dynamic` quantize what they read.
     3. The inputs of the chosen operations, and the end of the chain of fused activations behind them, are quantized.
-    4. An operation in `target.quantized` is chosen too if an integer operation feeds it; of its operands none is a constant.
+    4. An operation in `target.quantized` is chosen too if an integer operation feeds it; of its operands none is a constant,
+       and none is a value that a layer which stays float reads or gives.
     5. An operation in `target.shared` passes its input's group on to its output; `target.joined` unites all. The calls of
        one layer share the range of their inputs if it has a bias, which is stored once, at the input's scale.
     6. An activation behind such moves (convolution, max pooling, relu) belongs to their group, which has its range.
@@ -249,18 +256,27 @@ def _joined(
 
 
 def _reachable(graph: Graph, target: Target, chosen: set[str], producer: dict[str, Node], weights: dict[str, Node]) -> set[str]:
-    """`chosen` without the weightless operations none of whose inputs comes, through moves, from an integer operation."""
+    """`chosen` without the weightless operations none of whose inputs comes, through moves, from an integer operation, and
+    without those that give to, read from or read beside a layer that stays float: codes there would round what it reads."""
 
-    def integer(value: str) -> bool:
+    def origin(value: str) -> str:
         node = producer.get(value)
         while node is not None and node.op in (target.shared | target.fused) and node.inputs:
             value = node.inputs[0]
             node = producer.get(value)
+        return value
+
+    def integer(value: str) -> bool:
+        node = producer.get(origin(value))
         return node is not None and node.name in kept
 
+    floats = [node for node in graph.nodes if node.op in target.compute and node.name not in chosen]
+    untouched = {origin(value) for node in floats for value in (*node.inputs[:1], *node.values)}
     kept: set[str] = set()
     for node in graph.nodes:
-        if node.name in chosen and (node.weight in weights or any(integer(value) for value in node.inputs)):
+        beside = any(origin(value) in untouched for value in (*node.inputs, *node.values))
+        fed = any(integer(value) for value in node.inputs) and not beside
+        if node.name in chosen and (node.weight in weights or fed):
             kept.add(node.name)
     return kept
 
