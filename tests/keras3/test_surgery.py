@@ -228,7 +228,7 @@ def test_half_precision_and_masks_go_along() -> None:
     assert masks["a/kernel"].shape == (3, 3, 3, 4) and not masks["a/kernel"][0, 0].any()
 
 
-KINDS = ["conv", "add", "concat", "depthwise", "grouped", "transposed", "norm", "shuffle", "gate"]
+KINDS = "conv add concat depthwise grouped transposed norm shuffle gate halves groups attention rows".split()
 
 
 def chain(kinds, numbers, is_flat):
@@ -253,6 +253,16 @@ def chain(kinds, numbers, is_flat):
             x = L.Reshape((8, 8, width))(L.Permute((1, 2, 4, 3))(L.Reshape((8, 8, 2, width // 2))(x)))
         elif kind == "gate":
             x = x * L.Dense(width, activation="sigmoid")(L.GlobalAveragePooling2D(keepdims=True)(x))
+        elif kind == "halves" and width % 2 == 0:
+            one, two = keras.ops.split(x, 2, axis=-1)
+            x = one * keras.ops.sigmoid(two)
+        elif kind == "groups" and width % 2 == 0:
+            x = L.GroupNormalization(width // 2)(x)
+        elif kind == "attention":
+            flat = L.Reshape((64, width))(x)
+            x = L.Reshape((8, 8, width))(flat + L.MultiHeadAttention(2 * n, 3)(flat, flat))
+        elif kind == "rows":
+            x = L.Reshape((8, 8, 2 * n))(L.GRU(2 * n, return_sequences=True)(L.Reshape((64, width))(x)))
         else:
             x = L.Conv2D(8, 1, activation="tanh")(x)
     x = L.Flatten()(x) if is_flat else L.GlobalMaxPooling2D()(x)
