@@ -271,7 +271,7 @@ ROWS = [
     Row("30 float64", lambda: (convolutions(norm=lambda: nn.BatchNorm2d(8))()[0].double(), IMAGES), 2),
     Row("30 autocast inside", of(Autocast), 2, unwritten="ONNX Runtime .* cannot run"),
     Row("30 no values yet", linears(lambda m: m.to("meta")), refused="meta device.*Load the weights"),
-    Row("31 a mask of PyTorch's", linears(masked), 1, computed),
+    Row("31 a mask of PyTorch's", linears(masked), 2),
     Row("32 DataParallel", linears(nn.DataParallel), refused=r"pass model\.module"),
     Row("32 compiled", linears(torch.compile), refused=r"torch\.compile.*_orig_mod"),
     Row("32 TorchScript", linears(torch.jit.script), refused="TorchScript"),

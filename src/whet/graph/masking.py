@@ -202,10 +202,19 @@ class Masker(ABC):
         found = self._moved or self._statistics(self._spec.criterion)
         scores = [self._scores(weight.name, i, found.get(weight.name)) for i, weight in enumerate(self._chosen)]
         axes = [(weight.out_axis, weight.in_axis) for weight in self._chosen]
-        for weight, mask in zip(self._chosen, patterned(scores, axes, self._spec, sparsity, xp=self.xp), strict=True):
-            old = self._gone(weight.name)
-            self._set(weight.name, mask == 0 if old is None else (mask == 0) | old)
+        masks = patterned(scores, axes, self._spec, sparsity, xp=self.xp)
+        gone = {weight.name: mask == 0 for weight, mask in zip(self._chosen, masks, strict=True)}
+        self._take({name: new if (old := self._gone(name)) is None else new | old for name, new in gone.items()})
+
+    def _take(self, removed: dict[str, Any]) -> None:
+        """Have new masks, and hold them."""
+        for name, gone in self._agreed(removed).items():
+            self._set(name, gone)
         self.hold()
+
+    def _agreed(self, removed: dict[str, Any]) -> dict[str, Any]:
+        """What is removed; where processes train together, on data of their own, the same in all of them."""
+        return removed
 
     def _scores(self, name: str, index: int, statistic: Any) -> Any:
         """The importance of each value of a weight, -inf where removed already; `index` is its place among the chosen."""
@@ -252,7 +261,7 @@ class Masker(ABC):
 
     def regrow(self, fraction: float, seed: int) -> None:
         """`RigL`: of the kept weights `fraction` with the least magnitude go, and as many with the largest gradient grow."""
-        gradients = self._gradients(seed)
+        gradients, moved = self._gradients(seed), {}
         for weight in self._chosen:
             removed = self._gone(weight.name)
             gradient = gradients.get(weight.name)
@@ -262,8 +271,8 @@ class Masker(ABC):
                     "targets), or in PyTorch call step() after backward() and before zero_grad()."
                 )
             kept = self.xp.cast(~removed, "float32")
-            self._set(weight.name, rigl(self._floats(weight.name), gradient, kept, fraction, xp=self.xp) == 0)
-        self.hold()
+            moved[weight.name] = rigl(self._floats(weight.name), gradient, kept, fraction, xp=self.xp) == 0
+        self._take(moved)
 
     def reset(self, masks: Mapping[str, Any]) -> None:
         """Hold `masks` in the place of the present ones. Weights that these had removed stay zero until they are loaded."""

@@ -19,7 +19,7 @@ from whet.keras.losses import (
 )
 from whet.keras.model import copy, predict, validate
 from whet.keras.posttraining import quantize
-from whet.keras.prune import Pruner, prune
+from whet.keras.prune import Pruner, adopt, prune
 from whet.keras.qat import finish, prepare, quantize_aware
 from whet.keras.quantize import FakeQuantize, simulate
 from whet.keras.regularizers import GroupLassoRegularizer, group_lasso
@@ -37,6 +37,7 @@ __all__ = [
     "GroupLassoRegularizer",
     "Pruner",
     "PruningCallback",
+    "adopt",
     "binary_soft_targets",
     "blocks",
     "convert",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 
+from whet.data import Batches
 from whet.errors import SpecError
 from whet.graph.views import Masks
 from whet.keras.prune import Masker
 from whet.numerics.schedules import Ramp, lay
-from whet.specs import OneShot, Prune
+from whet.specs import OneShot, Prune, from_dict, to_dict
 
 
 class PruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
@@ -21,15 +23,21 @@ class PruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
     ```
     Put it last: a callback that restores weights when training ends would bring removed weights back after it. The
     schedule spans `epochs` × batches per epoch; where Keras cannot know these (a generator without a length), pass
-    `steps`, all training steps. With `initial_epoch` the schedule goes on from there.
+    `steps`, all training steps. With `initial_epoch` the schedule goes on from there; `state_dict()` and `load_state_dict()`
+    resume anywhere, also in the middle of an epoch.
     """
 
-    def __init__(self, spec: Prune, *, steps: int | None = None) -> None:
+    def __init__(self, spec: Prune, *, steps: int | None = None, data: Any = None) -> None:
+        """data: batches of (inputs, targets) for criteria that look at some, and for `RigL`, anew when masks are renewed."""
         super().__init__()
         self._spec, self._steps = spec, steps
+        self._data = None if data is None else Batches(data, "data")
         self._masker: Masker | None = None
         self._ramp: Ramp | None = None
+        self._state: Mapping[str, Any] | None = None  # to go on from
+        self._steps_laid = 0  # what the schedule is laid on
         self._step = 0  # steps done
+        self._batch = 0  # batches of this epoch that are done
         self._renewed = -1  # the step for which the masks were looked at last
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -39,49 +47,58 @@ class PruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             SpecError: the number of steps is unknown, or too small for the schedule.
             ModelError: nothing would be pruned.
         """
-        steps = self._steps
-        if steps is None:
-            if not self.params.get("steps") and not isinstance(self._spec.schedule, OneShot):
-                raise SpecError(
-                    "The number of batches per epoch is unknown, so the pruning schedule cannot be laid on the training. "
-                    "Pass PruningCallback(…, steps=epochs * batches) or fit(…, steps_per_epoch=…)."
-                )
-            steps = self.params["epochs"] * (self.params.get("steps") or 1)
-        self._ramp = lay(self._spec, steps)
+        state, self._state = self._state, None
+        self._steps_laid = int(state["steps"]) if state is not None else self._all_steps()
+        self._ramp = lay(self._spec, self._steps_laid)
         self._sync()
-        self._masker = Masker(self.model, self._spec, self._masker.masks() if self._masker is not None else {})
+        masks = self._masker.masks() if self._masker is not None else {}
+        self._masker = Masker(self.model, self._spec, masks, self._data)
         self._step, self._renewed = 0, -1
+        if state is not None:
+            self._masker.restore(state)
+            self._step, self._renewed = int(state["step"]), int(state["renewed"])
+
+    def _all_steps(self) -> int:
+        if self._steps is not None:
+            return self._steps
+        if not self.params.get("steps") and not isinstance(self._spec.schedule, OneShot):
+            raise SpecError(
+                "The number of batches per epoch is unknown, so the pruning schedule cannot be laid on the training. "
+                "Pass PruningCallback(…, steps=epochs * batches) or fit(…, steps_per_epoch=…)."
+            )
+        return int(self.params["epochs"] * (self.params.get("steps") or 1))
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """The first epoch may not be epoch 0."""
         per_epoch = self.params.get("steps")
         if per_epoch and self._step == 0:
             self._step = epoch * per_epoch
+        self._batch = 0
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Renew the masks where the schedule says so; the first batch always does, wherever training began."""
         if self._masker is None or self._ramp is None:
             return
-        ramp, first = self._ramp, self._renewed < 0
-        due = any(ramp.renews(step) for step in range(self._renewed + 1, self._step + 1))
-        if (first and self._step >= ramp.begin) or due:
+        ramp, first, passed = self._ramp, self._renewed < 0, range(self._renewed + 1, self._step + 1)
+        moves = [] if first else [(step, ramp.drop_fraction(step)) for step in passed if ramp.drop_fraction(step)]
+        if (first and self._step >= ramp.begin) or any(ramp.renews(step) for step in passed):
             self._sync()
             if not (self._masker.sparsity and isinstance(self._spec.schedule, OneShot)):
                 self._masker.renew(ramp.sparsity(self._step))
+        for step, fraction in moves:
+            self._sync()
+            self._masker.regrow(fraction, step)
         self._renewed = self._step
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Set removed weights to zero again. With `steps_per_execution`, `batch` is the last one that ran."""
         if self._masker is None:
             return
-        self._step += 1 + batch - self._batch(batch)
+        self._step += 1 + batch - self._batch
+        self._batch = batch + 1
         self._sync()
+        self._masker.observe()
         self._masker.hold()
-
-    def _batch(self, batch: int) -> int:
-        """The batch of this epoch that was expected to end now."""
-        per_epoch = self.params.get("steps")
-        return self._step % per_epoch if per_epoch else batch
 
     def on_train_end(self, logs: Any = None) -> None:
         """Bake the masks in, also into weights that another callback has restored by now."""
@@ -93,6 +110,31 @@ class PruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         """On JAX, training keeps the weights outside the model between batches."""
         if hasattr(self.model, "jax_state_sync"):
             self.model.jax_state_sync()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `load_state_dict` needs to go on, in plain values and NumPy arrays; save it with the weights.
+
+        Raises:
+            SpecError: training has not begun.
+        """
+        if self._masker is None:
+            raise SpecError("PruningCallback has no state before fit() has begun.")
+        done = {"step": self._step, "renewed": self._renewed}
+        return {"spec": to_dict(self._spec), "steps": self._steps_laid, **done, **self._masker.state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The next `fit` goes on where `state` was taken, over as many steps as were meant; you load weights and optimizer.
+
+        Raises:
+            SpecError: `state` belongs to another spec or number of steps.
+        """
+        steps = state["steps"] if self._steps is None else self._steps
+        if from_dict(state["spec"]) != self._spec or state["steps"] != steps:
+            raise SpecError(
+                f"This state belongs to {from_dict(state['spec'])} over {state['steps']} steps, "
+                f"but the PruningCallback was made with {self._spec} over {steps}. Make it with the same."
+            )
+        self._state = state
 
     @property
     def masks(self) -> Masks:

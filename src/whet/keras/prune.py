@@ -36,6 +36,11 @@ def prune(model: Any, spec: Prune, *, masks: Masks, data: Batches | None = None)
     return masker.masks(), masker.step(spec, started)
 
 
+def adopt(model: Any) -> Masks:
+    """The masks that another tool has put on `model`: none, since no tool puts any on Keras 3 models."""
+    return {}
+
+
 class Masker(_Masker):
     """Masks on the kernels of a model: renewed by their scores, held after every optimizer step.
 

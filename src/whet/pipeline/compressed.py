@@ -180,7 +180,8 @@ def start(model: Any, *, example: Any = None, seed: int = 0) -> Compressed:
         return Compressed(model.side, copied, kept, None, dict(model.masks), model.steps, seed)
     side = side_of(model)
     side.validate(model)
-    return Compressed(side, side.copy(model), example, seed=seed)
+    copied = side.copy(model)
+    return Compressed(side, copied, example, masks=side.adopt(copied), seed=seed)
 
 
 def plain_model(model: Any) -> Model:

@@ -39,6 +39,9 @@ class Side(Protocol):
     def copy(self, model: Model) -> Model:
         """An independent copy: training it never changes the original."""
 
+    def adopt(self, model: Model) -> Masks:
+        """*In place*: make masks that another tool has put on `model` ours, and give them; none where there are none."""
+
     def predict(self, model: Model, inputs: Any) -> Any:
         """Outputs in inference mode as NumPy arrays in the model's own structure; `inputs` as `Batches` yields them."""
 

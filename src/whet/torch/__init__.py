@@ -4,6 +4,7 @@ from whet.torch.blocks import blocks
 from whet.torch.convert import convert
 from whet.torch.export import export
 from whet.torch.groups import groups
+from whet.torch.handover import from_torch_prune_, to_torch_prune_
 from whet.torch.inspect import inspect
 from whet.torch.losses import (
     binary_soft_targets,
@@ -29,10 +30,12 @@ from whet.torch.training import train
 from whet.torch.variants import variants
 
 FRAMEWORK = "torch"
+adopt = from_torch_prune_
 
 __all__ = [
     "FRAMEWORK",
     "Pruner",
+    "adopt",
     "binary_soft_targets",
     "blocks",
     "convert",
@@ -42,6 +45,7 @@ __all__ = [
     "dkd",
     "export",
     "finish",
+    "from_torch_prune_",
     "group_lasso",
     "groups",
     "inspect",
@@ -61,6 +65,7 @@ __all__ = [
     "simulate",
     "soft_targets",
     "timed_layers",
+    "to_torch_prune_",
     "to_torchao",
     "train",
     "validate",

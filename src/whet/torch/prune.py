@@ -94,26 +94,14 @@ class Masker(_Masker):
     def _reader(self, data: Batches, batches: int) -> InputReader:
         return InputReader(self._model, data, batches)
 
-    def renew(self, sparsity: float) -> None:
-        """Remove the fraction `sparsity` of the chosen weights; what is removed already counts and stays removed."""
-        super().renew(sparsity)
-        self._agree()
-
-    def regrow(self, fraction: float, seed: int) -> None:
-        """`RigL`: of the kept weights `fraction` with the least magnitude go, and as many with the largest gradient grow."""
-        super().regrow(fraction, seed)
-        self._agree()
-
-    def _agree(self) -> None:
-        """Where processes train together, each on data of its own, all take the masks of the first."""
+    def _agreed(self, removed: dict[str, Any]) -> dict[str, Any]:
         distributed = torch.distributed
         if self._data is None or not distributed.is_available() or not distributed.is_initialized():
-            return
-        for weight in self._chosen:
-            removed = self._removed[weight.name].to(torch.uint8)
-            distributed.broadcast(removed, 0)
-            self._removed[weight.name] = removed.bool()
-        self.hold()
+            return removed
+        first = {name: gone.to(torch.uint8) for name, gone in removed.items()}
+        for gone in first.values():
+            distributed.broadcast(gone, 0)
+        return {name: gone.bool() for name, gone in first.items()}
 
     def _gone(self, name: str) -> Any:
         removed = self._removed.get(name)

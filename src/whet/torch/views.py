@@ -64,7 +64,7 @@ def _hidden(module: Any) -> str | None:
         return "parametrized: its weight is computed anew at every read (torch.nn.utils.parametrize.remove_parametrizations)"
     own = module._parameters
     if "weight_orig" in own and "weight_mask" in module._buffers:
-        return "pruned by torch.nn.utils.prune: call prune.remove(module, 'weight') first"
+        return "pruned by torch.nn.utils.prune: whet.torch.from_torch_prune_(model) takes its masks over"
     if "weight_g" in own and "weight_v" in own:
         return "parametrized: weight_norm computes its weight at every call (torch.nn.utils.remove_weight_norm)"
     return None
