@@ -11,6 +11,7 @@ in blocks of 16, so that 8 instead of 16 cost as much where they are made and ha
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from qat import Crops
 
 import whet
 from whet.numerics.metrics import ACCURACY
+from whet.numerics.statistics import paired_drop
 from whet.runtimes.evidence import gather
 from whet.specs import Channel, Metric, Prune, Taylor, find_target
 
@@ -122,19 +124,25 @@ def run(name: str, recipe: Recipe, args: argparse.Namespace) -> None:
         place = Path(args.out or folder)
         place.mkdir(parents=True, exist_ok=True)
         train(made, getattr(cifar, name)(), Crops(x, y, args.batch), recipe, args.teacher, place / f"{name}-pruned")
-        measure(original, made, place, args)
+        measure(name, original, made, place, args)
 
 
-def measure(original: Any, made: Any, place: Path, args: argparse.Namespace) -> None:
+def measure(name: str, original: Any, made: Any, place: Path, args: argparse.Namespace) -> None:
     """Export both and run them in alternation; print accuracies with intervals, sizes, latencies and their ratios."""
     test = cifar.images("test", args.tested)
     data = [(test[0][i : i + 500], test[1][i : i + 500]) for i in range(0, len(test[0]), 500)]
-    files = {"original": place / "original.onnx", "pruned": place / "pruned.onnx"}
+    files = {"original": place / f"{name}.onnx", "pruned": place / f"{name}-pruned.onnx"}
     whet.torch.export(original, None, find_target("onnxruntime", "torch"), files["original"], example=test[0][:8])
     made.export(files["pruned"], overwrite=True)
     found = gather(files, data, Metric(ACCURACY.fn, name="accuracy"), batches=(8, 1), threads=1, progress=False)
-    for name, row in found.items():
-        print(f"  {name}: {row.evidence}\n    {row.comparison}", flush=True)
+    for row in found.values():
+        print(f"  {row.evidence}", flush=True)
+    one, two = found["original"], found["pruned"]
+    print(f"  {name} loses {paired_drop(one.scores, two.scores)} of accuracy; load {os.getloadavg()[0]:.0f}", flush=True)
+    for before, after in zip(one.evidence.latencies, two.evidence.latencies, strict=True):
+        print(
+            f"  batch {before.batch}: {before.p50:.3f} -> {after.p50:.3f} ms, x {before.p50 / after.p50:.2f} faster", flush=True
+        )
 
 
 def main() -> None:
