@@ -13,11 +13,13 @@ from whet.specs import vocabulary
 from whet.specs.vocabulary import *  # noqa: F403
 
 if TYPE_CHECKING:
+    from whet.graph.teacher_store import StoredOutputs
     from whet.pipeline.compress import compress
     from whet.pipeline.compressed import Compressed
     from whet.pipeline.expectation import expectation
     from whet.pipeline.sensitivity import Sensitivity, sensitivity
     from whet.pipeline.store import load
+    from whet.pipeline.teaching import teacher_outputs
     from whet.pipeline.verbs import distill, finish, fit, groups, inspect, measure, prune, quantize
     from whet.records import Evidence, Report
     from whet.runtimes import targets
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "StoredOutputs": "whet.graph.teacher_store",
+    "teacher_outputs": "whet.pipeline.teaching",
     "compress": "whet.pipeline.compress",
     "Compressed": "whet.pipeline.compressed",
     "load": "whet.pipeline.store",
@@ -62,6 +66,7 @@ __all__ = [
     "Evidence",
     "Report",
     "Sensitivity",
+    "StoredOutputs",
     "WhetError",
     "compress",
     "distill",
@@ -76,5 +81,6 @@ __all__ = [
     "quantize",
     "sensitivity",
     "targets",
+    "teacher_outputs",
 ]
 __all__ += vocabulary.__all__

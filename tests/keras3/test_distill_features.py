@@ -12,7 +12,7 @@ from whet.errors import ModelError
 from whet.numerics.losses_features import attention_transfer, hints
 from whet.numerics.losses_layers import layer_loss
 from whet.numerics.namespace import numpy_namespace
-from whet.specs import PKT, RKD, AttentionTransfer, Distill, Features, SimilarityPreserving, SoftTargets, Train
+from whet.specs import PKT, RKD, AttentionTransfer, Distill, Features, SimilarityPreserving, Train
 
 # Losses on layers are tested alone; that they should not be used so is tested too.
 pytestmark = [
@@ -61,11 +61,6 @@ def test_relations_between_outputs_in_training():
     spec = Train(epochs=1, apply=[Distill(losses, student_weight=0)])
     _, step = fitted(student, spec, teacher=teacher, train=Batches((x, y), "train", batch=32), val=None)
     assert step.train["history"][0]["loss"] == pytest.approx(wanted, rel=1e-4)
-
-
-def test_layers_are_not_heard_and_that_is_said():
-    with pytest.raises(ModelError, match=r"Features of the layer 'hidden' cannot be heard .*with_features"):
-        fitted(dense(), Train(epochs=1, apply=[Distill([SoftTargets(), Features("hidden", "hidden")])]), teacher=dense())
 
 
 def convolutions(width):

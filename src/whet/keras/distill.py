@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -9,33 +10,28 @@ import numpy as np
 
 from whet.data import primary
 from whet.errors import ModelError
+from whet.graph.teacher_store import StoredOutputs
+from whet.graph.teaching import TINY, check_teachers, notes_of
 from whet.keras.clone import last_operation
+from whet.keras.hearing import HEARD, OUTPUTS, Hearing, both_heard
 from whet.keras.losses import distillation_loss, wide
-from whet.keras.model import forward
+from whet.keras.model import arrange, copy, forward
 from whet.keras.namespace import xp
-from whet.keras.views import to_numpy
-from whet.numerics.losses_layers import layer_loss
-from whet.numerics.losses_table import NEEDS_CLASSES, check_shapes, looks_like_sigmoid, warn_if_swapped
-from whet.specs import BinarySoftTargets, Distill, LogitsMSE, Regression
+from whet.keras.views import to_numpy, walk
+from whet.numerics.losses_layers import STUDENT, TEACHER, LayerLosses
+from whet.numerics.losses_table import NEEDS_CLASSES, are_probabilities, check_shapes, looks_like_sigmoid
+from whet.numerics.teachers import joined
+from whet.specs import BinarySoftTargets, Distill, LogitsMSE, Regression, TeacherSubsets
 from whet.specs.distillation import Loss
 
-TINY = 1e-30  # a probability below is taken for this: its logarithm stays finite in float32
 _ACTIVATED = (keras.layers.Activation, keras.layers.Dense, keras.layers.Conv1D, keras.layers.Conv2D)
-_UNHEARD = (
-    "{name} of the layer {layer!r} cannot be heard inside Train with a Keras model. Compare layers in your own loop: "
-    "whet.keras.with_features(model, names) returns them beside the logits, whet.keras.layer_loss compares them."
-)
 IGNORED = -100  # targets with this value (padding) count in no loss, as on the PyTorch side
 
 
 def look_like_probabilities(outputs: Any) -> bool:
     """Whether `outputs` (…, classes) went through a softmax: at least two classes, none negative, rows that sum to 1."""
     dtype = keras.backend.standardize_dtype(outputs.dtype)
-    if len(outputs.shape) < 2 or outputs.shape[-1] < 2 or "float" not in dtype:
-        return False
-    values = to_numpy(outputs).astype(np.float32)
-    tolerance = 1e-2 if dtype in ("float16", "bfloat16") else 1e-4
-    return bool((values >= 0).all()) and bool((np.abs(values.sum(-1) - 1) < tolerance).all())
+    return "float" in dtype and are_probabilities(to_numpy(outputs), 1e-2 if dtype in ("float16", "bfloat16") else 1e-4)
 
 
 def ends_in_softmax(model: Any) -> bool:
@@ -62,44 +58,101 @@ def log_probabilities(outputs: Any) -> Any:
 
 
 class Teacher:
-    """The logits of a teacher. It runs in inference mode, outside the student's training step, and is never changed."""
+    """The logits of a teacher, or of several. They run outside the student's training step, and are never changed."""
 
-    def __init__(self, model: Any, student: Any) -> None:
-        """Raises `ModelError` if there is no teacher, or if it shares weights with the student."""
-        if not isinstance(model, keras.Model):
-            raise ModelError(f"Distill needs a teacher, a keras.Model; got {type(model).__name__}.")
-        own = {id(weight) for weight in student.weights}
-        shared = [weight.path for weight in model.weights if id(weight) in own]
-        if shared:
-            raise ModelError(
-                f"Teacher and student share {shared[0]!r}: training would change the teacher. Pass a copy as student."
-            )
-        warn_if_swapped(student.count_params(), model.count_params())
-        self._model = model
-        self.ends_in_softmax = ends_in_softmax(model)
+    def __init__(self, spec: Distill, given: Any, student: Any) -> None:
+        """`given`: a model, `StoredOutputs`, or a tuple of them.
 
-    def outputs(self, inputs: Any) -> Any:
-        """Its primary outputs for a batch of arrays, shape (n, …, classes)."""
-        return primary(forward(self._model, inputs))
+        Raises `ModelError` if there is none, if one shares weights with the student, or if a layer's name is unknown.
+        """
+        sources = given if isinstance(given, tuple) else (given,)
+        check_teachers(spec, sources, keras.Model, "a keras.Model", _weights(student), _weights)
+        live = next((model for model in sources if isinstance(model, keras.Model)), None)
+        self.losses = LayerLosses(spec, *([name for name, _ in walk(model)] if model else [] for model in (student, live)))
+        self._spec = spec
+        self._sources = [_source(one, spec, self.losses) for one in sources]
+        self._are_softmax = [_is_normalized(one) for one in sources]
+        self._is_one = len(sources) == 1 and not isinstance(spec.teachers, TeacherSubsets)
+        self.ends_in_softmax = self._is_one and self._are_softmax[0]
+        self.notes = [*self.losses.notes(), *notes_of(sources)]
+        if any(map(ends_in_softmax, (model for model in sources if isinstance(model, keras.Model)))):
+            self.notes.append("the teacher ends in a softmax: the logarithms of its outputs are its logits")
 
-    def check(self, spec: Distill, student: Any, inputs: Any, targets: Any, *, student_ends_in_softmax: bool) -> None:
-        """Look at the first batch: `student` are the primary outputs of the student on `inputs`.
+    @property
+    def hears_student(self) -> bool:
+        """Whether layers inside the student are compared."""
+        return any(self.losses.heard(STUDENT, attention=kind) for kind in (False, True))
+
+    def hearing(self, student: Any) -> Any:
+        """A model that runs the student and returns what its named layers computed beside its outputs."""
+        return Hearing(student, self.losses.heard(STUDENT, attention=False), self.losses.heard(STUDENT, attention=True))
+
+    def outputs(self, inputs: Any, targets: Any = None, classes: int = 0) -> tuple[Any, dict[str, Any]]:
+        """The primary outputs (n, …, classes) for a batch of arrays, and what was heard of the teacher's layers.
+
+        Several teachers' are joined into one by the spec, for a student of `classes`.
+        """
+        found = [_run(source, inputs) for source in self._sources]
+        if self._is_one:
+            return found[0]
+        logits = [
+            log_probabilities(one) if is_softmax else wide(one)
+            for (one, _), is_softmax in zip(found, self._are_softmax, strict=True)
+        ]
+        labels, _ = labels_of(targets, logits[0])
+        return joined(self._spec.teachers, logits, labels, classes=classes, xp=xp), {}
+
+    def check(self, student: Any, heard: Any, inputs: Any, targets: Any, *, student_ends_in_softmax: bool) -> dict[str, Any]:
+        """Look at the first batch: `student` are the primary outputs of the student on `inputs`, `heard` its layers'.
+
+        The maps that losses train, as they begin.
 
         Raises:
-            ModelError: probabilities instead of logits, another number of classes, missing labels, or NaN.
+            ModelError: probabilities instead of logits, another number of classes, missing labels, NaN, or a silent layer.
         """
-        teacher = self.outputs(inputs)
-        sides = (("teacher", teacher, self.ends_in_softmax), ("student", student, student_ends_in_softmax))
-        named = next((loss for loss in spec.of_layers if loss.student is not None), None)
-        if named is not None:
-            raise ModelError(_UNHEARD.format(name=type(named).__name__, layer=named.student))
-        for loss in spec.of_outputs:
-            for whose, outputs, is_softmax in sides:
-                _check_logits(loss, whose, outputs, is_softmax)
+        for source, is_softmax in zip(self._sources, self._are_softmax, strict=True):
+            found, _ = _run(source, inputs)
+            if not np.isfinite(to_numpy(found)).all():
+                raise ModelError("The teacher returned NaN or Inf on the first batch. Check its weights with whet.inspect.")
+            if not isinstance(source, StoredOutputs):
+                for loss in self._spec.of_outputs:
+                    _check_logits(loss, "teacher", found, is_softmax)
+        teacher, its = self.outputs(inputs, targets, student.shape[-1])
+        for loss in self._spec.of_outputs:
+            _check_logits(loss, "student", student, student_ends_in_softmax)
             labels, _ = labels_of(targets, student)
             check_shapes(loss, student.shape, teacher.shape, None if labels is None else labels.shape)
-        if not np.isfinite(to_numpy(teacher)).all():
-            raise ModelError("The teacher returned NaN or Inf on the first batch. Check its weights with whet.inspect.")
+        both, outputs = both_heard(heard, its), (wide(student), wide(teacher))
+        maps: dict[str, Any] = self.losses.maps(both, outputs)
+        self.losses.total(both, outputs, keras.tree.map_structure(keras.ops.convert_to_tensor, maps), xp=xp)
+        return maps
+
+
+def _weights(model: Any) -> dict[str, Any]:
+    return {weight.path: weight for weight in model.weights}
+
+
+def _is_normalized(source: Any) -> bool:
+    return source.is_normalized if isinstance(source, StoredOutputs) else ends_in_softmax(source)
+
+
+def _source(given: Any, spec: Distill, losses: LayerLosses) -> Any:
+    """Stored outputs, or a model that says what its named layers compute; a copy where it would change."""
+    if isinstance(given, StoredOutputs):
+        return given
+    names = (losses.heard(TEACHER, attention=False), losses.heard(TEACHER, attention=True))
+    if not any(names) and not spec.teacher_training:
+        return given
+    return Hearing(copy(given) if spec.teacher_training else given, *names, training=spec.teacher_training)
+
+
+def _run(source: Any, inputs: Any) -> tuple[Any, dict[str, Any]]:
+    if isinstance(source, StoredOutputs):
+        return keras.ops.convert_to_tensor(source.outputs(inputs)), {}
+    if not isinstance(source, Hearing):
+        return primary(forward(source, inputs)), {}
+    found = forward(source, arrange(source.inner, inputs))
+    return primary(found[OUTPUTS]), found[HEARD]
 
 
 def _check_logits(loss: Loss, whose: str, outputs: Any, is_softmax: bool) -> None:
@@ -124,18 +177,25 @@ def _check_logits(loss: Loss, whose: str, outputs: Any, is_softmax: bool) -> Non
 
 
 def distillation(
-    spec: Distill, student: Any, teacher: Any, targets: Any, *, softmax: tuple[bool, bool] = (False, False)
+    spec: Distill,
+    student: Any,
+    teacher: Any,
+    targets: Any,
+    *,
+    softmax: tuple[bool, bool] = (False, False),
+    padding: Any = None,
+    layers: Callable[[tuple[Any, Any], Any], Any] | None = None,
 ) -> Any:
     """The weighted sum of the losses in `spec` on one batch of tensors; rows whose target is -100 (padding) do not count.
 
-    `softmax` says whether student and teacher end in one: then the logarithms of their outputs are their logits.
+    `softmax` says whether student and teacher end in one: then the logarithms of their outputs are their logits. `padding`:
+    the rows that are none, where targets do not say so. layers: the losses on layers, of both outputs and the real rows.
     """
     labels, real = labels_of(targets, student)
-    student, teacher = wide(student), wide(teacher)
+    real = padding if real is None else real
+    student, teacher = wide(student), keras.ops.stop_gradient(wide(teacher))
     logits = [log_probabilities(z) if is_softmax else z for z, is_softmax in zip((student, teacher), softmax, strict=True)]
-    total: Any = 0.0
-    for relation in spec.of_layers:
-        total = total + relation.weight * layer_loss(relation, student, keras.ops.stop_gradient(teacher), xp=xp)
+    total: Any = 0.0 if layers is None else layers((student, teacher), real)
     for loss in spec.of_outputs:
         s, t = (student, teacher) if isinstance(loss, Regression) else logits
         total = total + loss.weight * distillation_loss(loss, s, t, labels, mask=real)

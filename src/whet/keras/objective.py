@@ -10,6 +10,7 @@ import numpy as np
 
 from whet.data import primary
 from whet.errors import DataError, ModelError
+from whet.graph.teaching import padding_of
 from whet.keras.distill import (
     IGNORED,
     Teacher,
@@ -17,11 +18,13 @@ from whet.keras.distill import (
     ends_in_softmax,
     look_like_probabilities,
 )
+from whet.keras.hearing import HEARD, OUTPUTS, both_heard
 from whet.keras.losses import wide
-from whet.keras.model import describe, forward
+from whet.keras.model import arrange, describe, forward
+from whet.keras.namespace import xp
 from whet.specs import Train
 
-TARGETS, TEACHER = "targets", "teacher"
+TARGETS, TEACHER, TEACHER_HEARD, REAL = "targets", "teacher", "teacher_heard", "real"
 
 
 class Objective:
@@ -34,6 +37,8 @@ class Objective:
         self._is_softmax = False  # and does so by a layer, so that the logarithms of its outputs are logits
         self.notes: list[str] = []
         self._classes = 0  # what integer targets may be, once the outputs were seen
+        self._shape: tuple[int, ...] = ()  # of the outputs
+        self.maps: dict[str, Any] = {}  # what losses on layers train beside the model, as it begins
 
     def check(self, model: Any, inputs: Any, targets: Any) -> None:
         """Compute the loss once on the first batch of arrays, in inference mode.
@@ -42,18 +47,38 @@ class Objective:
             DataError: the model does not take the inputs, or targets are missing or do not fit the outputs.
             ModelError: a teacher that cannot teach, or a loss that is no scalar.
         """
-        outputs = forward(model, inputs)
-        logits = primary(outputs)
-        if self._teacher is not None and self._spec.distill is not None and self._weight < 1:
+        heard: dict[str, Any] = {}
+        outputs: Any = forward(model, inputs)
+        if self.hears:
+            outputs = forward(self.hearing(model), arrange(model, inputs))
+            heard = outputs[HEARD]
+        logits = primary(outputs[OUTPUTS] if self.hears else outputs)
+        self._shape = tuple(logits.shape)
+        if self._teacher is not None and self._weight < 1:
             self._is_softmax = ends_in_softmax(model)
-            self._teacher.check(self._spec.distill, logits, inputs, targets, student_ends_in_softmax=self._is_softmax)
-            for whose, is_softmax in (("teacher", self._teacher.ends_in_softmax), ("student", self._is_softmax)):
-                if is_softmax:
-                    self.notes.append(f"the {whose} ends in a softmax: the logarithms of its outputs are its logits")
+            self.maps = self._teacher.check(logits, heard, inputs, targets, student_ends_in_softmax=self._is_softmax)
+            self.notes += self._teacher.notes
+            if self._is_softmax:
+                self.notes.append("the student ends in a softmax: the logarithms of its outputs are its logits")
         self._is_normalized = self._spec.loss is None and _is_integer(targets) and look_like_probabilities(logits)
         self._check_targets(tuple(logits.shape), targets)
         batch = self.batch(inputs, targets)
-        self(outputs, keras.tree.map_structure(keras.ops.convert_to_tensor, batch))
+        tensors = [keras.tree.map_structure(keras.ops.convert_to_tensor, each) for each in (batch, self.maps)]
+        self(outputs, *tensors)
+
+    @property
+    def hears(self) -> bool:
+        """Whether layers inside the student are compared: it then runs as `hearing(model)`."""
+        return self._teacher is not None and self._weight < 1 and self._teacher.hears_student
+
+    def hearing(self, model: Any) -> Any:
+        """`model`, or one that runs it and returns what its named layers computed beside its outputs."""
+        return self._teacher.hearing(model) if self._teacher is not None and self.hears else model
+
+    def rates(self) -> dict[str, float]:
+        """The learning rate of each map by name."""
+        rates = {} if self._teacher is None else self._teacher.losses.rates()
+        return {name: rates[name.partition("/")[0]] for name in self.maps}
 
     def _check_targets(self, shape: tuple[int, ...], targets: Any) -> None:
         """Raise `DataError` where the default loss cannot compare outputs of `shape` with `targets`."""
@@ -84,20 +109,38 @@ class Objective:
             _check_classes(targets, self._classes)
         found = {} if targets is None else {TARGETS: targets}
         if self._teacher is not None and self._weight < 1:
-            found[TEACHER] = self._teacher.outputs(inputs)
+            found[TEACHER], found[TEACHER_HEARD] = self._teacher.outputs(inputs, targets, self._shape[-1])
+            padding = padding_of(inputs, (len(found[TEACHER]), *self._shape[1:-1]))
+            found |= {} if padding is None else {REAL: padding}
         return found
 
-    def __call__(self, outputs: Any, batch: Mapping[str, Any]) -> Any:
+    def __call__(self, outputs: Any, batch: Mapping[str, Any], maps: Mapping[str, Any] | None = None) -> Any:
         """The scalar loss on tensors; `batch` is what `batch` made. Runs inside the backend's compiled step."""
         total: Any = 0.0
+        outputs, heard = (outputs[OUTPUTS], outputs[HEARD]) if self.hears else (outputs, {})
         targets = batch.get(TARGETS)
         if self._weight > 0:
             total = self._weight * self._supervised(outputs, targets)
         if TEACHER in batch and self._spec.distill is not None:
             softmax = (self._is_softmax, self._teacher is not None and self._teacher.ends_in_softmax)
-            learned = distillation(self._spec.distill, primary(outputs), batch[TEACHER], targets, softmax=softmax)
+            learned = distillation(
+                self._spec.distill,
+                primary(outputs),
+                batch[TEACHER],
+                targets,
+                softmax=softmax,
+                padding=batch.get(REAL),
+                layers=self._layers(both_heard(heard, batch.get(TEACHER_HEARD, {})), maps or {}),
+            )
             total = total + (1 - self._weight) * learned
         return total
+
+    def _layers(self, heard: Any, maps: Mapping[str, Any]) -> Any:
+        """The losses on layers as a function of both outputs and the real rows; None where there are none."""
+        losses = None if self._teacher is None else self._teacher.losses
+        if not losses:
+            return None
+        return lambda outputs, real: losses.total(heard, outputs, maps, xp=xp, real=real)
 
     def _supervised(self, outputs: Any, targets: Any) -> Any:
         if self._spec.loss is None:

@@ -41,7 +41,7 @@ def train(model: Any, spec: Train, run: TrainingRun) -> tuple[Masks, Step]:
     ramp = run.ramp(spec)
     penalty = contextlib.nullcontext() if spec.group_lasso is None else group_lasso(model, spec.group_lasso.strength)
     with seeded(model, run.seed), on_device(run.device), penalty:
-        objective = Objective(spec, Teacher(run.teacher, model) if spec.distill is not None else None)
+        objective = Objective(spec, None if spec.distill is None else Teacher(spec.distill, run.teacher, model))
         objective.check(model, *run.train.first())
         masker = Masker(model, spec.prune, run.masks, run.train, spec.loss)
         judge = Judge(run, lambda inputs: predict(model, inputs))
@@ -69,10 +69,17 @@ def on_device(device: str | None) -> Any:
 class _Student(keras.Model):  # type: ignore[misc]
     """The model under training inside a wrapper, so that the model's own compiled state is never touched."""
 
-    def __init__(self, student: Any, objective: Objective) -> None:
+    def __init__(self, student: Any, objective: Objective, learning_rate: float) -> None:
         super().__init__(autocast=False, name="whet")
-        self.student = student
+        self.student = objective.hearing(student)
         self.objective = objective
+        rates = {name: rate / learning_rate for name, rate in objective.rates().items()}
+        # A map is where it began plus `rate · moved`: Adam moves that by the student's rate, and so the map by its own.
+        self._maps = {name: (objective.maps[name], rates[name]) for name in rates}
+        self.moved = [
+            self.add_weight(shape=begun.shape, initializer="zeros", name=f"map_{index}")
+            for index, (begun, _) in enumerate(self._maps.values())
+        ]
         self.built = True
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
@@ -83,7 +90,11 @@ class _Student(keras.Model):  # type: ignore[misc]
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Any:
         """The objective, and the regularization losses of the student's layers."""
-        total = self.objective(y_pred, y)
+        maps = {
+            name: begun + rate * keras.ops.convert_to_tensor(moved)
+            for (name, (begun, rate)), moved in zip(self._maps.items(), self.moved, strict=True)
+        }
+        total = self.objective(y_pred, y, maps)
         for extra in self.losses:
             total = total + keras.ops.sum(keras.ops.cast(extra, total.dtype))
         return total
@@ -99,7 +110,7 @@ class _Loop(Epochs):
         self.model, self.objective = model, objective
         if not model.trainable_weights:
             raise ModelError("No weight is trainable: there is nothing to train. Set layer.trainable = True, or use prune().")
-        self.trainer = _Student(model, objective)
+        self.trainer = _Student(model, objective, spec.learning_rate)
         # Compiled by XLA only where Keras needs it to be fast: on CPU, compiling takes longer than it saves.
         jit = "auto" if keras.backend.backend() == "jax" else False
         self.trainer.compile(optimizer=self._optimizer(), jit_compile=jit, auto_scale_loss=False)
@@ -110,6 +121,8 @@ class _Loop(Epochs):
             rate = keras.optimizers.schedules.CosineDecay(self.spec.learning_rate, self.steps)
         if self.spec.weight_decay:
             optimizer = keras.optimizers.AdamW(rate, weight_decay=self.spec.weight_decay)
+            if self.trainer.moved:
+                optimizer.exclude_from_weight_decay(var_list=self.trainer.moved)
         else:
             optimizer = keras.optimizers.Adam(rate)
         narrow = any(layer.compute_dtype == "float16" for _, layer in walk(self.model))

@@ -16,6 +16,7 @@ from whet.pipeline.compressed import Compressed, as_metric, outputs_of, plain_mo
 from whet.pipeline.pruning import groups, prune_step
 from whet.pipeline.quantizing import finish, quantize_step
 from whet.pipeline.side import Model, side_of
+from whet.pipeline.teaching import teachers_of
 from whet.records import Evidence
 from whet.specs import Distill, Int, Metric, Prune, Quantize, Recipe, Target, Train, find_target
 
@@ -37,7 +38,8 @@ def fit(
     """Train a copy of `model` as `spec` says, with the techniques in `spec.apply`; the best weights are restored.
 
     `metric` is scored on `val` after every epoch; without `val` the training loss decides. `teacher` is needed when
-    `spec.apply` holds a `Distill`. Masks of an earlier pruning are kept.
+    `spec.apply` holds a `Distill`: a model, `whet.StoredOutputs`, a list of them, or True for the model itself as it comes.
+    Masks of an earlier pruning are kept.
 
     `checkpoint` names a file that is written after every epoch. Where it exists already the training goes on from it: killed
     at any moment, the same call ends with the same result as if it had not been.
@@ -54,7 +56,7 @@ def fit(
     compressed = start(model, example=example, seed=seed)
     _see(compressed, batches)
     score = None if validation is None else as_metric(metric, validation)
-    taught = plain_model(teacher)
+    taught = teachers_of(teacher, model)
     run = TrainingRun(
         train=batches,
         val=validation,
@@ -140,6 +142,9 @@ def distill(
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Compressed:
     """Train a copy of `student` as `fit` says, with `teacher`'s outputs as further targets. The teacher is untouched.
+
+    `teacher` is a model, a `Compressed`, `whet.StoredOutputs` (of any framework or an exported file), or a list of them, which
+    `Distill(teachers=…)` makes one; True is the student as it comes.
 
     `checkpoint` is a file to go on from, as in `fit`.
 
