@@ -18,6 +18,7 @@ from whet.graph.storage import is_plain
 from whet.keras.clone import Layer, Model, Program, Tensor, assemble
 from whet.keras.qat import finish
 from whet.keras.quantize import bias_codes, inserter, planned, quantized_view, round_at_run_time
+from whet.keras.variables import attribute, holder
 from whet.numerics.affine import QParams, spread
 from whet.numerics.codebook import Codebook
 from whet.specs.schemes import Float
@@ -36,21 +37,21 @@ def convert(model: Model, plan: Plan | None = None) -> Model:
     if plan is None:
         model, plan = finish(model)
     program = planned(model, plan)
-    layers = {name: _holder(program, name) for name in (*plan.weights, *plan.casts, *plan.biases)}
+    places = {name: _place(program, name) for name in (*plan.weights, *plan.casts, *plan.biases)}
     codes = {name: kernel_codes(program, name, plan) for name in plan.weights}
     biases = bias_codes(program, plan)
     for name, params in plan.weights.items():
         shape = program.kernels[name].variable.shape
         if is_plain(params):
             stored = codes[name].astype(np.int8).reshape(shape)
-            _exchange(layers[name], _attribute(layers[name]), stored, _layout(params, shape))
+            _exchange(*places[name], stored, _layout(params, shape))
         else:
-            _exchange_scheme(layers[name], _attribute(layers[name]), codes[name], params, shape)
+            _exchange_scheme(*places[name], codes[name], params, shape)
     for name, integers, scale in biases:
-        _exchange(layers[name], "bias", integers, np.broadcast_to(scale, integers.shape))
+        _exchange(*places[name], integers, np.broadcast_to(scale, integers.shape))
     for name, dtype in plan.casts.items():
         cast = ops.cast(program.kernels[name].variable, dtype)
-        _exchange(layers[name], _attribute(layers[name]), cast, None)
+        _exchange(*places[name], cast, None)
     round_at_run_time(program, plan)
     return assemble(program, insert=inserter(program, plan))
 
@@ -61,8 +62,10 @@ def kernel_codes(program: Program, name: str, plan: Plan) -> npt.NDArray[np.int3
     return plan.encode(name, array)
 
 
-def _attribute(layer: Layer) -> str:
-    return "embeddings" if isinstance(layer, keras.layers.Embedding) else "kernel"
+def _place(program: Program, name: str) -> tuple[Layer, str]:
+    """The layer that holds a kernel or bias, and under which attribute."""
+    layer = holder(program, name)
+    return layer, attribute(layer, program.kernels[name].variable if name in program.kernels else program.biases[name])
 
 
 def _layout(params: QParams | Codebook, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
@@ -72,12 +75,6 @@ def _layout(params: QParams | Codebook, shape: tuple[int, ...]) -> npt.NDArray[n
     if params.scale.size != shape[params.axis]:  # depthwise, a channel for each (in, multiplier)
         return params.scale.reshape(shape[-2:])
     return np.asarray(spread(params.scale, shape, params.axis, params.group))
-
-
-def _holder(program: Program, name: str) -> Layer:
-    """The layer whose kernel or bias bears `name`."""
-    variable = program.kernels[name].variable if name in program.kernels else program.biases[name]
-    return next(c.operation for c in program.calls if any(v is variable for v in getattr(c.operation, "weights", ())))
 
 
 def _exchange(layer: Layer, attribute: str, codes: Any, scale: npt.NDArray[np.float32] | None) -> None:

@@ -31,6 +31,7 @@ from whet.keras.clone import Call, Model, Program, Ref, assemble, refs, safe
 from whet.keras.litert_export import input_names, output_names, shapes_of, trial
 from whet.keras.model import arrange, predict, short
 from whet.keras.onnx_graph import FIRST, LAST, Array, Late, Writer
+from whet.keras.onnx_layers import written_constants
 from whet.keras.onnx_operations import MOVES, RULES, Weights, common_form, concat, global_average
 from whet.keras.quantize import planned, simulate
 from whet.keras.trace import lowered
@@ -95,7 +96,7 @@ def onnx_model(program: Program, plan: Plan | None, shapes: list[list[int | None
     for call in program.calls:
         _write(writer, call, weights)
     ends = [writer.float(ref.name, LAST) for ref in refs(program.outputs)]
-    nodes = _completed(writer, model)
+    nodes = _completed(writer, weights, model)
     nodes = _named(writer, nodes, ends, output_names(program), set(input_names(program)))
     return _assembled(writer, nodes, program, plan, shapes, dynamic)
 
@@ -192,13 +193,18 @@ def _equal(one: QParams, other: QParams) -> bool:
     return bool(one.scale == other.scale and one.zero_point == other.zero_point and one.spec == other.spec)
 
 
-def _completed(writer: Writer, model: Model) -> list[Any]:
-    """The nodes, with what another process writes in its place."""
+def _completed(writer: Writer, weights: Weights, model: Model) -> list[Any]:
+    """The nodes, with what another process writes in its place, on stored weights."""
     late = [node for node in writer.nodes if isinstance(node, Late)]
     written = dict(zip((id(item) for item in late), _traced_apart(writer, late, model), strict=True))
     nodes: list[Any] = []
-    for node in writer.nodes:
-        nodes.extend(writer.inline(written[id(node)], node) if isinstance(node, Late) else [node])
+    for node in tuple(writer.nodes):
+        if isinstance(node, Late):
+            begin = len(writer.nodes)
+            constants = written_constants(writer, weights, node, written[id(node)].graph)
+            nodes += [*writer.nodes[begin:], *writer.inline(written[id(node)], node, constants)]
+        else:
+            nodes.append(node)
     return nodes
 
 

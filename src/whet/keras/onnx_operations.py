@@ -74,6 +74,10 @@ class Weights:
                 return self._dequantized(self.writer.constant(codes, name), np.broadcast_to(scale, codes.shape), name, 0)
         return self._cast(to_numpy(self.program.biases[name]).astype(np.float32), None, name)
 
+    def is_stored(self, name: str) -> bool:
+        """Whether a weight is stored in fewer bits, as codes or 16-bit floats."""
+        return self.plan is not None and (name in self.plan.weights or name in self.plan.casts)
+
     def is_quantized(self, call: Call) -> bool:
         """Whether the call's weight is stored as codes of an integer kernel."""
         return (
@@ -84,8 +88,8 @@ class Weights:
 
     def settle(self, call: Call) -> None:
         """Let a layer that another process writes hold what is left of its weights."""
-        for name in call.node.weights if self.plan is not None else ():
-            if self.plan is not None and (name in self.plan.weights or name in self.plan.casts):
+        for name in call.node.weights:
+            if self.plan is not None and self.is_stored(name):
                 kernel = self.program.kernels[name]
                 kernel.variable.assign(rounded_weights(self.program, self.plan, (name,))[name])
 

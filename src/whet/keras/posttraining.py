@@ -14,14 +14,14 @@ from whet.errors import DataError
 from whet.graph.correct import correct_analytically
 from whet.graph.equalize import Equalized, check_same_function, equalize
 from whet.graph.nodes import Graph
-from whet.graph.placement import Placement, Plan
+from whet.graph.placement import Placement, Plan, rules_for
 from whet.graph.refine import needs_data, refine, refines
 from whet.graph.solve import Calibration, solve
 from whet.keras.calibrate import calibrate
 from whet.keras.clone import Model, Program, assemble
 from whet.keras.model import predict
 from whet.keras.moments import KerasRunner
-from whet.keras.quantize import STORED, arrays
+from whet.keras.quantize import arrays
 from whet.keras.reconstruct import reconstruct
 from whet.keras.trace import lowered
 from whet.keras.variables import named_variables
@@ -76,13 +76,6 @@ def _check_calibration(spec: Quantize, calibration: Batches | None) -> None:
         "This Quantize runs the model on data to choose scales and codes: pass calibration= some hundred examples like those "
         "the model will see, or leave rounding=, equalize= and correct_bias= out."
     )
-
-
-def rules_for(target: Target, spec: Quantize) -> Target:
-    """With symmetric activations a ReLU is no part of the rounding (half of the codes lie below zero): it stands alone."""
-    rules = replace(target, weight_only=target.weight_only & STORED)
-    symmetric = isinstance(spec.activations, Int) and spec.activations.symmetric
-    return replace(rules, fused=frozenset()) if symmetric and not target.signed_activations else rules
 
 
 def _program(model: Model, example: Any, tensors: Mapping[str, npt.NDArray[Any]]) -> Program:

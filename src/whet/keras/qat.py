@@ -20,15 +20,16 @@ from whet.errors import DataError, ModelError
 from whet.graph.epochs import TrainingRun
 from whet.graph.learning import check_trainable, into_bins, moved_values, observed_steps, with_room
 from whet.graph.nodes import Graph
-from whet.graph.placement import Placement, Plan, place
+from whet.graph.placement import Placement, Plan, place, rules_for
 from whet.graph.solve import described, stored_weight
 from whet.graph.views import Masks, WeightView
 from whet.keras.clone import Layer, Model, Program, Ref, Tensor, assemble, safe
 from whet.keras.learned import STATE, TRAINED, BiasSource, LearnedQuantize, add_quantizer_state, kernel_scale, quantized_class
 from whet.keras.model import copy
-from whet.keras.posttraining import quantize, rules_for
+from whet.keras.posttraining import quantize
 from whet.keras.quantize import FakeQuantize, planned, quantized_view, rounded_weights
 from whet.keras.training import train as run_training
+from whet.keras.variables import holder
 from whet.keras.views import kernels, own_weights, to_numpy, walk
 from whet.numerics.affine import SCALE_FLOOR, QParams
 from whet.records import Step
@@ -98,7 +99,9 @@ def prepared_for(model: Model, plan: Plan, target: Target, *, masks: Masks, step
     placement = place(program.graph, rules_for(target, plan.spec), plan.spec)
     holders: dict[str, Layer] = {}
     for name in (*plan.weights, *sorted(set(masks) - set(plan.weights))):
-        layer = _holder(program, name)
+        if name not in program.kernels:
+            raise ModelError(f"A mask is for {name!r}, which this model does not have. Masks belong to their own model.")
+        layer = holder(program, name)
         if isinstance(layer, TRAINED):
             holders[name] = layer
             _quantize_kernel(layer, program, name, plan, qat, masks.get(name))
@@ -116,19 +119,6 @@ def prepared_for(model: Model, plan: Plan, target: Target, *, masks: Masks, step
     made = assemble(program, insert=_inserter(program, plan, placement, groups))
     made._whet = Preparation(model, plan, program, holders, groups, placement)
     return made
-
-
-def _holder(program: Program, name: str) -> Layer:
-    if name not in program.kernels:
-        raise ModelError(f"A mask is for {name!r}, which this model does not have. Masks belong to the model they came from.")
-    variable = program.kernels[name].variable
-    for call in program.calls:
-        if not isinstance(call.operation, keras.Layer):
-            continue
-        for layer in (call.operation, *(inside for _, inside in walk(call.operation))):
-            if any(own is variable for own in own_weights(layer)):
-                return layer
-    raise ModelError(f"No layer of this model holds {name!r}.")
 
 
 def _quantize_kernel(layer: Layer, program: Program, name: str, plan: Plan, qat: QAT, mask: Any) -> None:

@@ -23,9 +23,7 @@ from whet.keras.variables import named_variables
 from whet.keras.views import Kernel, to_numpy
 from whet.numerics.affine import QParams, dynamic_rounded, fake_quantize, quantize_bias
 from whet.specs import Int
-from whet.specs.target import COMPUTE
 
-STORED = COMPUTE | {"einsum", "embedding"}  # operations whose weights alone are written as codes
 TIE = 1e-4  # what float arithmetic may take from a mean that is half a code
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from whet.data import Batches
 from whet.graph.correct import correct_analytically
 from whet.graph.equalize import Equalized, check_same_function, equalize
-from whet.graph.placement import Plan
+from whet.graph.placement import Plan, rules_for
 from whet.graph.refine import check_data, refine, refines
 from whet.graph.solve import solve
 from whet.records import Step
@@ -72,9 +72,3 @@ def _equalized(model: Any, spec: Quantize, rules: Target, calibration: Batches |
     before, after = predict(model, example), predict(TorchRunner(model, graph, folds, None, found.tensors).reference, example)
     check_same_function(before, after, type(spec.equalize).__name__)
     return replace(found, folds=traced.calibration.folds)
-
-
-def rules_for(target: Target, spec: Quantize) -> Target:
-    """With symmetric activations a ReLU is no part of the rounding (half of the codes lie below zero): it stands alone."""
-    symmetric = isinstance(spec.activations, Int) and spec.activations.symmetric
-    return replace(target, fused=frozenset()) if symmetric and not target.signed_activations else target

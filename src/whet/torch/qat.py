@@ -20,7 +20,7 @@ from whet.data import Batches
 from whet.errors import DataError, ModelError
 from whet.graph.epochs import TrainingRun
 from whet.graph.learning import check_trainable, into_bins, moved_values, observed_steps
-from whet.graph.placement import Placement, Plan, place
+from whet.graph.placement import Placement, Plan, place, rules_for
 from whet.graph.solve import described, stored_weight
 from whet.graph.views import Masks, WeightView
 from whet.numerics.affine import QParams
@@ -31,7 +31,7 @@ from whet.torch.fold import fold_, folded_weights
 from whet.torch.interception import interceptor_of
 from whet.torch.learner import Learner, ValueState, WeightState, safe
 from whet.torch.model import copy, validate
-from whet.torch.posttraining import quantize, rules_for
+from whet.torch.posttraining import quantize
 from whet.torch.quantize import float_weights, plan_tensors, replace_
 from whet.torch.trace import trace
 from whet.torch.training import train as run_training
