@@ -1,0 +1,260 @@
+"""What a teacher adds: small students on MNIST, Banking77 and CIFAR-10, taught and untaught; and what teaching costs.
+
+    python benchmarks/distillation.py [--parts mnist banking77 cifar10 overhead] [--seeds 3] [--quick] [--record FILE.json]
+
+Every row is the mean top-1 of the seeds on the whole test set, with the half-width of its 95 % interval (Student's t over the
+seeds); a gain is paired by seed. No epoch is chosen by test examples. In whole the CIFAR-10 part takes a day of one processor:
+`--epochs`, `--images` and `--seeds` cut it, and the table says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import distillation_data as data
+import numpy as np
+import tables
+import torch
+from distillation_models import Encoder, mlp
+from torch import nn
+
+import whet
+from whet.specs import DIST, DKD, AttentionMatrices, AttentionRelations, Distill, Features, LogitsMSE, SoftTargets, Train
+
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, by the number of seeds
+
+
+def interval(values: list[float]) -> str:
+    """Mean and half-width of the 95 % interval; the value alone of one seed."""
+    if len(values) < 2:
+        return f"{values[0]:.2f} (one seed)"
+    return f"{np.mean(values):.2f} ± {T_95[len(values)] * np.std(values, ddof=1) / np.sqrt(len(values)):.2f}"
+
+
+def top1(model: Any, test: tuple[Any, np.ndarray]) -> float:
+    """Per cent of the test set."""
+    inputs, labels = test
+    plain = getattr(model, "model", model)
+    rows = range(0, len(labels), 500)
+    cut = lambda i: {k: v[i : i + 500] for k, v in inputs.items()} if isinstance(inputs, Mapping) else inputs[i : i + 500]  # noqa: E731
+    found = np.concatenate([whet.torch.predict(plain, cut(i)).argmax(-1) for i in rows])
+    return float(100 * np.mean(found == labels))
+
+
+def show(table: tables.Table, scores: Mapping[str, list[float]], against: str, bars: Mapping[str, tuple[str, float]]) -> None:
+    """A row for each variant; bars: of a variant, whom it is compared with and how many points above."""
+    for name, values in scores.items():
+        other, bar = bars.get(name, (against, None))
+        gains = [a - b for a, b in zip(values, scores[other], strict=True)] if name != other else []
+        reached = tables.against(float(np.mean(gains)), bar) if bar is not None and gains else ""
+        table.add(name, interval(values), f"{interval(gains)} over {other}" if gains else "", reached)
+
+
+def seeded(build: Any, seed: int) -> Any:
+    """`build()` with torch's random numbers drawn from `seed`."""
+    torch.manual_seed(seed)
+    return build()
+
+
+def run_mnist(given: argparse.Namespace) -> None:
+    """784-64-32-10 teaches 784-32-10: 2,000 labelled images, and the other 58,000 without their labels."""
+    train, test = data.mnist("train"), data.mnist("test")
+    epochs, more = (2, 1) if given.quick else (80, 20)
+    head = f"MNIST, {epochs} epochs of 2,000 labelled images, {more} of all 60,000 without labels, shifted by up to a pixel"
+    columns = ("", "top-1, %", "gain, points", "to reach")
+    table = tables.Table("distill-mnist", head, columns, "python benchmarks/distillation.py --parts mnist", record=given.record)
+    labelled_fit, fit = Train(epochs=epochs, learning_rate=3e-3), Train(epochs=more, learning_rate=5e-3)
+    scores: dict[str, list[float]] = {}
+    for seed in range(given.seeds):
+        rows = np.random.default_rng(seed).permutation(len(train[1]))[:2000]
+        labelled = lambda at: data.Shifts(train[0][rows], train[1][rows], 64, at)  # noqa: E731, B023
+        student = seeded(lambda: mlp(784, 32, 10), seed)
+        teachers = [
+            whet.fit(
+                seeded(lambda: mlp(784, 64, 32, 10), 100 + 10 * seed + k),
+                labelled_fit,
+                train=labelled(seed + 10 * k),
+                seed=seed,
+                progress=False,
+            ).model
+            for k in range(2)
+        ]
+        full = whet.fit(
+            seeded(lambda: mlp(784, 64, 32, 10), 200 + seed),
+            fit,
+            train=data.Shifts(*train, 256, seed),
+            seed=seed,
+            progress=False,
+        ).model
+        alone = whet.fit(student, labelled_fit, train=labelled(seed), seed=seed, progress=False)
+
+        def taught(teacher: Any, student: Any = student, seed: int = seed) -> Any:
+            images = data.Shifts(train[0], None, 256, seed)
+            spec = Distill([SoftTargets(1.0)], student_weight=0)
+            return whet.distill(student, teacher, spec, fit=fit, train=images, seed=seed, progress=False)
+
+        found = {
+            "teacher, 2,000 labels": teachers[0],
+            "student alone, 2,000 labels": alone,
+            "one teacher of 2,000 labels": taught(teachers[0]),
+            "two teachers of 2,000 labels": taught(teachers),
+            "teacher, 60,000 labels": full,
+            "one teacher of 60,000 labels": taught(full),
+        }
+        for name, model in found.items():
+            scores.setdefault(name, []).append(top1(model, test))
+        print(f"seed {seed}: " + ", ".join(f"{name} {values[-1]:.2f}" for name, values in scores.items()), flush=True)
+    lone, one = "student alone, 2,000 labels", "one teacher of 2,000 labels"
+    bars = {one: (lone, 1.0), "two teachers of 2,000 labels": (one, 0.0), "one teacher of 60,000 labels": (lone, 1.0)}
+    show(table, scores, lone, bars)
+
+
+def run_banking(given: argparse.Namespace) -> None:
+    """A 4-layer transformer teaches a 2-layer one of half the width, by attention, hidden states and soft targets."""
+    train, test, words = data.banking()
+    if given.quick:
+        train = ({key: value[:512] for key, value in train[0].items()}, train[1][:512])
+    epochs = 1 if given.quick else given.epochs or 20
+    head = f"Banking77, {epochs} epochs of {len(train[1]):,} questions, words of the training set; all from scratch"
+    columns = ("", "top-1, %", "gain, points", "to reach")
+    command = f"python benchmarks/distillation.py --parts banking77 --seeds {given.seeds} --epochs {epochs}"
+    table = tables.Table("distill-banking77", head, columns, command, record=given.record)
+    layers, attention = "encoder.layers.?", "encoder.layers.?.self_attn"
+    variants = {
+        "soft targets": [SoftTargets(2.0)],
+        "attention, hidden states, soft targets": [
+            SoftTargets(2.0),
+            AttentionMatrices(attention, attention, weight=0.1),
+            Features(layers, layers, weight=0.1),
+        ],
+        "value relations, soft targets": [SoftTargets(2.0), AttentionRelations(attention, attention)],
+    }
+    fit, scores = Train(epochs=epochs, learning_rate=1e-3, weight_decay=0.01), dict[str, list[float]]()
+    for seed in range(given.seeds):
+        teacher = seeded(lambda: Encoder(words, width=96, heads=4, layers=4), 100 + seed)
+        taught_by = whet.fit(teacher, fit, train=train, seed=seed, progress=False).model
+        student = seeded(lambda: Encoder(words, width=48, heads=2, layers=2), seed)
+        found = {"teacher, 4 layers": taught_by}
+        found["student alone, 2 layers"] = whet.fit(student, fit, train=train, seed=seed, progress=False)
+        print(f"seed {seed}: " + ", ".join(f"{name} {top1(model, test):.2f}" for name, model in found.items()), flush=True)
+        for name, losses in variants.items():
+            spec = Distill(losses, student_weight=0.1)
+            found[name] = whet.distill(student, taught_by, spec, fit=fit, train=train, seed=seed, progress=False)
+            print(f"seed {seed}: {name} {top1(found[name], test):.2f}", flush=True)
+        for name, model in found.items():
+            scores.setdefault(name, []).append(top1(model, test))
+    lone = "student alone, 2 layers"
+    show(table, scores, lone, {"attention, hidden states, soft targets": (lone, 1.0)})
+
+
+def run_cifar(given: argparse.Namespace) -> None:
+    """ResNet-56 teaches the architecture of ResNet-20 from scratch; its outputs are stored once for views fixed by index."""
+    from cifar import ResNet20, images, resnet56
+
+    count, epochs = (512, 1) if given.quick else (given.images, given.epochs or 15)
+    (x, y), test = images("train", count), images("test", 500 if given.quick else 10_000)
+    views = min(epochs, 3)
+    head = f"CIFAR-10, ResNet-20 from scratch, {epochs} epochs of {count:,} images in {views} fixed views; ResNet-56 teaches"
+    columns = ("", "top-1, %", "gain, points", "to reach")
+    command = f"python benchmarks/distillation.py --parts cifar10 --seeds {given.seeds} --epochs {epochs} --images {count}"
+    table = tables.Table("distill-cifar10", head, columns, command, record=given.record)
+    variants: dict[str, Any] = {
+        "labels alone": None,
+        "soft targets": SoftTargets(4.0),
+        "DKD": DKD(1.0, 8.0, 4.0),
+        "DIST": DIST(),
+        "soft targets, standardized": SoftTargets(2.0, standardize=True),
+    }
+    scores: dict[str, list[float]] = {}
+    with TemporaryDirectory() as folder:
+        every = data.Views(x, y, 128, views, at=None)
+        store = whet.teacher_outputs(resnet56(), every, Path(given.store or folder) / "resnet56", progress=False)
+        for seed in range(given.seeds):
+            for name in given.losses or variants:
+                loss = variants[name]
+                student = seeded(lambda: ResNet20(3), seed)
+                train = data.Views(x, y, 128, views, at=seed)
+                apply = [] if loss is None else [Distill([loss], student_weight=0.1)]
+                fit = Train(epochs=epochs, learning_rate=2e-3, weight_decay=5e-4, apply=apply)
+                teacher = None if loss is None else store
+                made = whet.fit(student, fit, train=train, teacher=teacher, seed=seed, progress=False)
+                scores.setdefault(name, []).append(top1(made, test))
+                print(f"seed {seed}: {name} {scores[name][-1]:.2f}", flush=True)
+    bars = {"soft targets": ("labels alone", 1.0), "DKD": ("soft targets", 0.0), "DIST": ("soft targets", 0.0)}
+    show(table, scores, "labels alone", {name: bar for name, bar in bars.items() if bar[0] in scores})
+
+
+def run_overhead(given: argparse.Namespace) -> None:
+    """Processor seconds of whole trainings: the student alone, the teacher's forward passes alone, and both together."""
+    from cifar import ResNet20
+
+    batches, rounds = (4, 1) if given.quick else (24, 5)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(64 * batches, 3, 32, 32)).astype(np.float32), rng.integers(0, 10, 64 * batches)
+    head = f"Overhead: an epoch of {batches} batches of 64, ResNet-20 taught by ResNet-56, least of {rounds} runs in turn"
+    columns = ("", "CPU s", "bound, CPU s", "to reach")
+    command = "python benchmarks/distillation.py --parts overhead"
+    table = tables.Table("distill-overhead", head, columns, command, record=given.record)
+    student, teacher = ResNet20(3), ResNet20(9).eval()
+    spent: dict[str, list[float]] = {}
+
+    def timed(name: str, work: Any) -> None:
+        clock = tables.Clock()
+        work()
+        spent.setdefault(name, []).append(clock.seconds()[1])
+
+    def train(loss: Any, teacher: Any) -> Any:
+        apply = [] if loss is None else [Distill(loss)]
+        return lambda: whet.fit(student, Train(epochs=1, apply=apply), train=(x, y), teacher=teacher, progress=False)
+
+    with TemporaryDirectory() as folder:
+        store = whet.teacher_outputs(teacher, x, Path(folder) / "store", progress=False)
+        for _ in range(rounds):
+            timed("student", train(None, None))
+            timed("teacher forward", lambda: forward(teacher, x))
+            for name, loss in (("soft targets", SoftTargets()), ("DKD", DKD()), ("DIST", DIST()), ("logits", LogitsMSE())):
+                timed(f"{name}, live", train([loss], teacher))
+                timed(f"{name}, stored", train([loss], store))
+    least = {name: min(values) for name, values in spent.items()}
+    for name, seconds in least.items():
+        live = name.endswith("live")
+        bound = 1.1 * least["student"] + (least["teacher forward"] if live else 0.0)
+        is_bound = name.endswith(("live", "stored"))
+        told = tables.against(seconds, round(bound, 2), most=True) if is_bound else ""
+        table.add(name, f"{seconds:.2f}", f"{bound:.2f}" if is_bound else "", told)
+
+
+def forward(model: nn.Module, x: np.ndarray) -> None:
+    """The forward passes of one epoch."""
+    with torch.no_grad():
+        for start in range(0, len(x), 64):
+            model(torch.from_numpy(x[start : start + 64]))
+
+
+PARTS = {"mnist": run_mnist, "banking77": run_banking, "cifar10": run_cifar, "overhead": run_overhead}
+
+
+def main() -> int:
+    """Print the tables."""
+    options = tables.parser(__doc__)
+    options.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    options.add_argument("--seeds", type=int, default=3, choices=range(1, 6))
+    options.add_argument("--epochs", type=int, help="instead of each part's own, but MNIST's")
+    options.add_argument("--images", type=int, default=50_000, help="of CIFAR-10's training set")
+    options.add_argument("--losses", nargs="+", help="of CIFAR-10's variants")
+    options.add_argument("--store", help="a folder that keeps ResNet-56's outputs")
+    options.add_argument("--threads", type=int, default=1)
+    given = options.parse_args()
+    torch.set_num_threads(given.threads)
+    for part in given.parts:
+        PARTS[part](given)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
