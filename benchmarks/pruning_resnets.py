@@ -115,7 +115,10 @@ def run(name: str, recipe: Recipe, args: argparse.Namespace) -> None:
     order = np.random.default_rng(args.seed).permutation(len(x))[: args.examples]  # they are sorted by class
     x, y = x[order], y[order]
     started = time.perf_counter()
-    made = pruned(original, recipe, [(x[i : i + 128], y[i : i + 128]) for i in range(0, 1024, 128)])
+    if args.start:
+        made = whet.load(args.start, model=getattr(cifar, name)())
+    else:
+        made = pruned(original, recipe, [(x[i : i + 128], y[i : i + 128]) for i in range(0, 1024, 128)])
     seconds = time.perf_counter() - started
     before, after = whet.inspect(original, x[:1]), whet.inspect(made.model, x[:1])
     print(f"{name}: {before.macs:,} → {after.macs:,} MACs, x {before.macs / after.macs:.2f} fewer; parameters", end=" ")
@@ -156,6 +159,7 @@ def main() -> None:
     parser.add_argument("--tested", type=int, default=10_000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", help="a folder that an earlier run saved: its model is trained further")
     parser.add_argument("--out", help="a folder that keeps the models and files")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
