@@ -81,6 +81,19 @@ def test_an_option_a_shortcut_shifts_channels() -> None:
     assert members(free, "conv3.weight")["conv3.weight", 0] == [[0], [1], [2], [3], [12], [13], [14], [15]]
 
 
+def test_torchs_own_shuffle_and_gate_are_followed() -> None:
+    found = groups(nn.Sequential(nn.Conv2d(3, 8, 1), nn.GLU(1), nn.Conv2d(4, 2, 1)), zoo_torch.normal(2, 3, 4, 4))
+    held = members(found, "0.weight")
+    assert held["0.weight", 0][1] == [1, 5] and held["2.weight", 1][1] == [1]  # a value and its gate
+    assert not [row for row in found.fixed if "cannot be followed" in row.reason]
+    shuffled = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ChannelShuffle(2), nn.Conv2d(8, 5, 1), nn.Conv2d(5, 2, 1))
+    held = members(groups(shuffled, zoo_torch.normal(2, 3, 4, 4)), "0.weight")
+    rows = dict(zip(map(tuple, held["0.weight", 0]), map(tuple, held["2.weight", 1]), strict=True))
+    old, new = next(iter(rows.items()))
+    order = [0, 4, 1, 5, 2, 6, 3, 7]  # which channel of the convolution each place behind the shuffle holds
+    assert sorted(order[place] for place in new) == sorted(old)
+
+
 class Odd(nn.Module):
     """Operations that keep channels, and some that stop them."""
 

@@ -44,6 +44,9 @@ class Seen(nn.Module):
     def _shuffle(self, w):
         return nn.BatchNorm2d(w), w
 
+    def _shuffled(self, w):
+        return nn.Sequential(nn.ChannelShuffle(2), nn.Conv2d(w, w, 1, groups=2)), w
+
     def _gate(self, w):
         return nn.Conv2d(w, 2 * w, 1), w
 

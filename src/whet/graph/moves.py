@@ -182,6 +182,16 @@ def _reshape_in_runs(s: Structure, x: Value, shape: Sequence[int], name: str) ->
     return tuple(next(wide) if n > 1 else s.ids.fresh(n, "a dimension of size 1") for n in shape)
 
 
+def channel_shuffle(s: Structure, x: Value, groups: int, name: str) -> Value:
+    """Channels (group, index in the group) in the order (index, group)."""
+    group, inside = s.ids.fresh(groups), s.ids.fresh(len(x[1]) // groups)
+    out = s.ids.fresh(len(x[1]))
+    s.ids.link(x[1], (group, inside))
+    s.ids.link(out, (inside, group))
+    s.sites.append(Site(name, (group,)))
+    return (x[0], out, *x[2:])
+
+
 def pixel_shuffle(s: Structure, x: Value, factor: int) -> Value:
     """(…, C·r², H, W) → (…, C, H·r, W·r)."""
     channels = s.ids.fresh(len(x[-3]) // factor**2)

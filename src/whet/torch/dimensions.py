@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from whet.graph import moves
 from whet.graph.ids import Value
-from whet.graph.recurrent import cell
-from whet.graph.structure import SPATIAL, Site
+from whet.graph.structure import Site
 from whet.torch.calls import Call, shapes
+from whet.torch.dimensions_recurrent import RECURRENT
 
 Rule = Callable[[Call], Any]
-RULES: dict[str, Rule] = {}
+RULES: dict[str, Rule] = dict(RECURRENT)
 # Elementwise, but without torch's own tag for it
 _POINTWISE = set(
     "relu6 relu6_ dropout dropout_ feature_dropout alpha_dropout hardswish hardswish_ hardsigmoid selu contiguous clone to "
@@ -358,41 +356,11 @@ def _pixel_unshuffle(call: Call) -> Value:
     return moves.pixel_unshuffle(call.s, call.value("self"), call["downscale_factor"])
 
 
-@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
-def _recurrent(call: Call) -> list[Value]:
-    x, weights = call.value("data" if "data" in call.arguments else "input"), call.listed("params")
-    directions, each = 2 if call["bidirectional"] else 1, 4 if call["has_biases"] else 2
-    if len(weights) != each * directions * call["num_layers"]:
-        raise ValueError("a recurrent layer with a projection")
-    states = [value[-1] for value in (call.listed("hx") if isinstance(call["hx"], list) else [call.value("hx")])]
-    call.s.fix(x, SPATIAL, range(len(x) - 1))
-    features, steps = x[-1], math.prod(map(len, x[:-1]))
-    for layer in range(call["num_layers"]):
-        made = []
-        for k in range(layer * directions, (layer + 1) * directions):
-            w = weights[each * k : each * (k + 1)]
-            wide, axes = [value[0] for value in w], {"inputs": w[0][1], "recurrent": w[1][1]}
-            made.append(cell(call.s, features=features, wide=wide, states=states, steps=steps, layer=call.layer, **axes))
-        features = np.concatenate(made)
-    out = shapes(call.node)
-    after = [(*call.s.fresh(shape[:-1], SPATIAL), made[0]) for shape in out[1:]]
-    return [(*call.s.fresh(out[0][:-1], SPATIAL), features), *after]
+@rule("channel_shuffle")
+def _channel_shuffle(call: Call) -> Value:
+    return moves.channel_shuffle(call.s, call.value("self"), int(call["groups"]), call.node.name)
 
 
-@rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
-def _recurrent_cell(call: Call) -> Any:
-    x, w, u = call.value("input"), call.value("w_ih"), call.value("w_hh")
-    biases = [value[0] for value in (call.maybe("b_ih"), call.maybe("b_hh")) if value is not None]
-    before = call.listed("hx") if isinstance(call["hx"], list) else [call.value("hx")]
-    hidden = cell(
-        call.s,
-        features=x[-1],
-        inputs=w[1],
-        recurrent=u[1],
-        wide=[w[0], u[0], *biases],
-        states=[value[-1] for value in before],
-        steps=math.prod(map(len, x[:-1])),
-        layer=call.layer,
-    )
-    made = [(*x[:-1], hidden) for _ in shapes(call.node)]
-    return made if isinstance(call.node.meta.get("val"), list | tuple) else made[0]
+@rule("glu")
+def _glu(call: Call) -> Value:
+    return call.s.elementwise(*moves.chunk(call.s, call.value("self"), 2, call.dim(), call.node.name))

@@ -155,6 +155,7 @@ _REWRITES: dict[str, Callable[[Any, Sizes, dict[str, Any]], None]] = {
     "narrow": _narrow,
     **{f"{kind}{n}d": _groups("groups") for kind in ("conv", "conv_transpose") for n in (1, 2, 3)},
     "group_norm": _groups("num_groups"),
+    "channel_shuffle": _groups("groups"),
 }
 
 
