@@ -1,10 +1,11 @@
 """Bits chosen layer by layer, and layers put back to float until a drop holds: ResNet-20 on CIFAR-10, in both frameworks.
 
-    python benchmarks/adaptive.py [--only bits drop] [--frameworks torch keras] [--images 10000] [--why]
+    python benchmarks/adaptive.py [--only bits drop] [--frameworks torch keras] [--averages 5 4 3] [--roundings nearest GPTQ]
 
-bits: `Adaptive` at 3, 4 and 5 bits on average, beside one scheme for all layers. Damage is measured on the 1,024 images of
-calibration, without labels; activations are int8. Top-1 and the drop with its paired 95 % interval are those of the exported
-file (ONNX Runtime for PyTorch, LiteRT for Keras) on the test images. --why: what was chosen for each layer, and why.
+bits: `Adaptive` at 3, 4 and 5 bits on average and a little, beside one scheme for all layers. Damage is measured on 256 of the
+1,024 images of calibration, without labels; activations are int8. Top-1 and the drop with its paired 95 % interval are those of
+the exported file (ONNX Runtime for PyTorch, LiteRT for Keras) on the test images.
+--why: what was chosen for each layer, and why.
 
 drop: `max_drop=` with 4-bit weights and activations. Layers go back to float until the upper end of the interval holds on the
 first half of the test images; the drop is then measured again on the second half, which decided nothing.
@@ -110,19 +111,24 @@ def _keras() -> Any:
     return keras_litert.resnet20(load_file(folder() / "resnet20.safetensors"))
 
 
-def bits_rows(subject: Subject, averages: Sequence[float] = (5, 4, 3)) -> Iterator[dict[str, Any]]:
-    """One scheme for all, the same with both ends in 8 bits, and Adaptive, at each average and with each rounding."""
-    for rounding, recipe in RECIPES.items():
+def bits_rows(
+    subject: Subject, averages: Sequence[int] = (5, 4, 3), roundings: Sequence[str] = tuple(RECIPES)
+) -> Iterator[dict[str, Any]]:
+    """One scheme for all, the same with both ends in 8 bits, and Adaptive within the average bits of that."""
+    for rounding in roundings:
+        recipe = RECIPES[rounding]
         for average in averages:
-            scheme = Int(int(average))
+            scheme, found = Int(average), float(average)
             specs = {
-                f"{rounding}, {scheme.bits} bits": Quantize(scheme, **recipe),
-                f"{rounding}, {scheme.bits} bits, edges 8": Quantize(scheme, overrides=EDGES, **recipe),
-                f"{rounding}, Adaptive {average} bits": Quantize(Adaptive(CANDIDATES, budget=Budget(bits=average)), **recipe),
+                f"{rounding}, {average} bits": Quantize(scheme, **recipe),
+                f"{rounding}, {average} bits, ends 8": Quantize(scheme, overrides=EDGES, **recipe),
+                f"{rounding}, Adaptive": None,
             }
-            for name, spec in specs.items():
+            for name, given in specs.items():
+                spec = Quantize(Adaptive(CANDIDATES, budget=Budget(bits=found)), **recipe) if given is None else given
                 made, seconds = subject.quantize(spec)
                 row = subject.row(name, made, seconds)
+                found = row["bits"]
                 row["control"] = made.steps[-1].control
                 row["layers"] = [
                     {key: layer.get(key) for key in ("name", "scheme", "bits", "parameters", "sensitivity", "why")}
@@ -131,12 +137,12 @@ def bits_rows(subject: Subject, averages: Sequence[float] = (5, 4, 3)) -> Iterat
                 yield row
 
 
-def drop_rows(subject: Subject, limit: float = LIMIT) -> Iterator[dict[str, Any]]:
+def drop_rows(subject: Subject, limit: float = LIMIT, roundings: Sequence[str] = tuple(RECIPES)) -> Iterator[dict[str, Any]]:
     """W4A4 as it is, and with as few layers in float as let `limit` hold."""
     half = len(subject.x) // 2
     val = list(subject.labelled(0, half))
-    for rounding, recipe in RECIPES.items():
-        spec = Quantize(Int(4), FOUR, **recipe)
+    for rounding in roundings:
+        spec = Quantize(Int(4), FOUR, **RECIPES[rounding])
         made, seconds = subject.quantize(spec)
         yield subject.row(f"{rounding}, W4A4", made, seconds, half)
         made, seconds = subject.quantize(replace(spec, max_drop=limit), val=val, metric=ACCURACY)
@@ -174,7 +180,8 @@ def main() -> None:
     options.add_argument("--only", nargs="+", default=["bits", "drop"], choices=["bits", "drop"])
     options.add_argument("--frameworks", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     options.add_argument("--images", type=int, default=10_000)
-    options.add_argument("--averages", nargs="+", type=float, default=[5, 4, 3])
+    options.add_argument("--averages", nargs="+", type=int, default=[5, 4, 3])
+    options.add_argument("--roundings", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     options.add_argument("--why", action="store_true", help="what was chosen for each layer, and why")
     given = options.parse_args()
     torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -182,9 +189,12 @@ def main() -> None:
     for framework in given.frameworks:
         with tempfile.TemporaryDirectory() as place:
             subject = Subject(framework, given.images, Path(place))
-            for name, rows in (("bits", bits_rows(subject, given.averages)), ("drop", drop_rows(subject))):
-                for row in rows if name in given.only else ():
-                    _say(row, given.why)
+            parts = {
+                "bits": bits_rows(subject, given.averages, given.roundings),
+                "drop": drop_rows(subject, roundings=given.roundings),
+            }
+            for row in (row for name in given.only for row in parts[name]):
+                _say(row, given.why)
 
 
 if __name__ == "__main__":
