@@ -7,7 +7,7 @@ import pytest
 
 import whet
 from residual_models import KERAS_BLOCKS, TORCH_BLOCKS, build, data_of
-from whet import BlockInfluence, Channel, Layer, LossChange, Prune, Quantize
+from whet import BlockInfluence, BySensitivity, Channel, Group, Layer, LossChange, Prune, Quantize
 from whet.runtimes.sessions import open_session
 
 QUIET = {"progress": False}
@@ -16,12 +16,16 @@ TECHNIQUES = {
     "influence": Prune(0.5, granularity=Layer(), criterion=BlockInfluence(batches=1)),
     "loss": Prune(macs=0.7, granularity=Layer(), criterion=LossChange(greedy=True)),
     "channels": Prune(0.5, granularity=Channel(), round_to=1),
+    "sensitivity": Prune(0.5, granularity=Channel(), round_to=2, allocation=BySensitivity(trials=1, batches=1)),
+    "group": Prune(granularity=Channel(), sparsity=0.5),  # its positions are named for each framework, see `spec_of`
 }
 VAIN = {
     "layers": Prune(granularity=Layer(1), keep=("*",)),
     "influence": Prune(0.1, granularity=Layer(), criterion=BlockInfluence()),
     "loss": Prune(macs=0.99, granularity=Layer(), criterion=LossChange(), include=("nothing",)),
     "channels": Prune(0.5, granularity=Channel(), keep=("*",)),
+    "sensitivity": Prune(0.5, granularity=Channel(), allocation=BySensitivity(trials=1), keep=("*",)),
+    "group": Prune(granularity=Group({"stem.weight": {0: tuple(range(8))}, "stem/kernel": {3: tuple(range(8))}}, coupled=True)),
 }
 SUFFIX = {"torch": "onnx", "keras": "tflite"}
 
@@ -36,9 +40,17 @@ def technique(request):
     return request.param
 
 
+def spec_of(technique, model, framework):
+    if technique != "group":
+        return TECHNIQUES[technique]
+    family = next(f for f in whet.groups(model, data_of(framework)[0]).families if not f.members[0].contracted)
+    first = family.members[0]
+    return Prune(granularity=Group({first.tensor: {first.axis: first.positions[:3].ravel().tolist()}}, coupled=True))
+
+
 def run(technique, framework, model=None):
-    spec = TECHNIQUES[technique]
-    return whet.prune(build(framework) if model is None else model, spec, train=[data_of(framework)], **QUIET)
+    model = build(framework) if model is None else model
+    return whet.prune(model, spec_of(technique, model, framework), train=[data_of(framework)], **QUIET)
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +105,14 @@ def test_fewer_weights_are_left_and_the_report_says_which(technique, framework, 
         assert told["before"]["parameters"] - told["after"]["parameters"] == trainable
 
 
+@pytest.mark.parametrize("technique", ["layers", "group"], indirect=True)
 def test_it_saves_and_loads_the_same(technique, framework, result, tmp_path):
     folder = result.save(tmp_path / "saved")
     loaded = whet.load(folder, build(framework))
     assert np.array_equal(outputs(loaded, framework), outputs(result, framework)) and loaded.steps == result.steps
 
 
+@pytest.mark.parametrize("technique", ["layers", "loss", "group"], indirect=True)
 def test_its_file_gives_what_it_gives(technique, framework, result, tmp_path):
     file = result.export(tmp_path / f"model.{SUFFIX[framework]}")
     found = open_session(file, threads=1).run(data_of(framework, seed=5)[0])
@@ -113,10 +127,11 @@ def test_the_rest_can_still_be_quantized(technique, framework, result, tmp_path)
 
 
 def test_nothing_to_remove_is_an_error(technique, framework):
-    with pytest.raises(whet.WhetError, match=r"nothing|no layer"):
+    with pytest.raises(whet.WhetError, match=r"nothing|no layer|no such parameter"):
         whet.prune(build(framework), VAIN[technique], train=[data_of(framework)], **QUIET)
 
 
+@pytest.mark.parametrize("technique", ["layers", "sensitivity"], indirect=True)
 def test_half_precision_is_kept(technique, framework):
     if framework == "torch":
         model = build(framework).bfloat16()
