@@ -258,6 +258,28 @@ def test_frozen_sixteen_bit_and_training_models() -> None:
     assert made.model.bn2.num_features == 12 == len(made.model.bn2.running_mean)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_parametrized_weight_loses_what_it_is_computed_from(bias) -> None:
+    normed = torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3, bias=bias))
+    model, x = nn.Sequential(normed, nn.ReLU(), nn.Conv2d(8, 2, 1)).eval(), zoo_torch.normal(2, 3, 8, 8)
+    made = whet.prune(model, Prune(0.25, granularity=Channel(), round_to=1), example=x).model
+    assert made[0].parametrizations.weight.original1.shape == (6, 3, 3, 3) and made[0].weight.shape[0] == 6
+    assert made[2].in_channels == 6 and predict(made, x).shape == predict(model, x).shape
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(16, affine=False), nn.BatchNorm2d(16, track_running_stats=False)])
+def test_norms_lose_what_they_have_and_nothing_is_cut_to_none(norm) -> None:
+    """Cases 17 and 21 of the zoo: what a norm lacks is not missed; of 16 channels one is left at 95 %."""
+    model, x = nn.Sequential(nn.Conv2d(3, 16, 3), norm, nn.ReLU(), nn.Conv2d(16, 4, 3)).eval(), zoo_torch.normal(4, 3, 8, 8)
+    model.requires_grad_(False)  # case 20
+    made = whet.prune(model, Prune(0.95, granularity=Channel(), round_to=1), example=x)
+    assert made.model[0].out_channels == 1 == made.model[1].num_features and not made.model[0].weight.requires_grad
+    reached = next(row for row in made.steps[0].changed if row["name"] == "0.weight")
+    assert (reached["shape"][0], reached["left"][0]) == (16, 1) and reached["sparsity"] == 15 / 16
+    with pytest.raises(ModelError, match="would remove nothing: with round_to=1 and sparsity 0"):
+        whet.prune(model, Prune(0.0, granularity=Channel(), round_to=1), example=x)
+
+
 def test_what_is_refused() -> None:
     model, inputs = zoo_torch.CASES["demo"]()
     spec = Prune(0.3, granularity=Channel(), round_to=1)

@@ -31,22 +31,20 @@ class Change:
 def own_changes(model: Any, groups: Groups, gone: Gone) -> list[Change]:
     """Attributes of torch's own layers whose tensors have become smaller."""
     changes = []
-    kept, held = groups.kept(gone), groups.structure.held
-    first = first_names(model)
+    kept, first = groups.kept(gone), first_names(model)
     for path, module in model.named_modules():
-        name = first.get(f"{path}.weight" if path else "weight", "")
-        new = layer_attributes(module, path, kept, first, held[name].shape if name in held else ())
+        new = layer_attributes(module, path, kept, first)
         changes += [Change(module, path, key, value) for key, value in new.items() if vars(module).get(key) != value]
     return changes
 
 
 def layer_attributes(
-    module: Any, path: str, kept: Mapping[str, Mapping[int, IntArray]], first: Mapping[str, str], shape: tuple[int, ...]
+    module: Any, path: str, kept: Mapping[str, Mapping[int, IntArray]], first: Mapping[str, str]
 ) -> dict[str, Any]:
     """What the attributes of a layer of torch's own are that has lost positions; nothing of one that has not.
 
-    module: it holds the smaller tensors already. kept: the positions that are left, under the `first` names of the tensors.
-    shape: of its weight before.
+    module: it holds the smaller tensors already, and its old attributes. kept: the positions that are left, under the `first`
+    names of the tensors.
 
     Raises:
         ModelError: its groups would keep different numbers of channels.
@@ -57,7 +55,7 @@ def layer_attributes(
         return {} if tensor is None else kept.get(first.get(f"{path}.{key}" if path else key, ""), {})
 
     lost = any(left(key) for key in (*module._parameters, *module._buffers))
-    return _attributes(module, path, left, shape) if lost else {}
+    return _attributes(module, path, left) if lost else {}
 
 
 def first_names(model: Any) -> dict[str, str]:
@@ -67,13 +65,14 @@ def first_names(model: Any) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in names}
 
 
-def _attributes(module: Any, path: str, left: Any, shape: tuple[int, ...]) -> dict[str, Any]:
-    weight: Any = getattr(module, "weight", None)
+def _attributes(module: Any, path: str, left: Any) -> dict[str, Any]:
+    weight: Any = getattr(module, "weight", None)  # computed, where it is parametrized: then its bias tells what is left
+    rows = left("weight").get(0, left("bias").get(0))
     if isinstance(module, _CONV):
-        groups = _groups_left(module.groups, shape[0], left("weight").get(0), path)
+        groups = _groups_left(module.groups, module.out_channels, rows, path)
         return {"groups": groups, "in_channels": weight.shape[1] * groups, "out_channels": weight.shape[0]}
     if isinstance(module, _CONV_TRANSPOSE):
-        groups = _groups_left(module.groups, shape[0], left("weight").get(0), path)
+        groups = _groups_left(module.groups, module.in_channels, left("weight").get(0), path)
         return {"groups": groups, "in_channels": weight.shape[0], "out_channels": weight.shape[1] * groups}
     if isinstance(module, nn.Linear):
         return {"in_features": weight.shape[1], "out_features": weight.shape[0]}
@@ -84,7 +83,7 @@ def _attributes(module: Any, path: str, left: Any, shape: tuple[int, ...]) -> di
         return {"num_features": len(vector)}
     if isinstance(module, nn.GroupNorm):
         return {
-            "num_groups": _groups_left(module.num_groups, shape[0], left("weight").get(0), path),
+            "num_groups": _groups_left(module.num_groups, module.num_channels, rows, path),
             "num_channels": len(weight),
         }
     if isinstance(module, nn.Embedding):

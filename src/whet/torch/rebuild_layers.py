@@ -39,9 +39,7 @@ def ordinary(graph: Any, model: Any, kept: Mapping[str, Mapping[int, IntArray]],
             continue
         path = _layer(node, modules, calls)
         if path and (node.name not in rewritten or isinstance(modules[path], _SIZED)):
-            made = _take_over(graph, path, modules[path])
-            weight = getattr(modules[path], "weight", None)
-            vars(made).update(layer_attributes(made, path, kept, first, () if weight is None else tuple(weight.shape)))
+            _take_over(graph, path, modules[path], kept, first)
             _call_layer(graph.graph, node, path)
         else:
             _call_function(graph.graph, node)
@@ -77,16 +75,18 @@ def _layer(node: Any, modules: Mapping[str, Any], calls: Counter[str]) -> str:
     return path if fits and isinstance(node.meta.get("val"), torch.Tensor) else ""
 
 
-def _take_over(graph: Any, path: str, module: Any) -> Any:
-    """A copy of `module` at its path in `graph`, with the tensors that `graph` holds there."""
+def _take_over(
+    graph: Any, path: str, module: Any, kept: Mapping[str, Mapping[int, IntArray]], first: Mapping[str, str]
+) -> None:
+    """Put a copy of `module` at its path in `graph`, with the tensors that `graph` holds there and attributes that fit them."""
     held = dict(graph.named_modules(remove_duplicate=False)).get(path)
     if type(held) is type(module):
-        return held  # called before
+        return  # called before
     made = copy.copy(module)
     for name in ("_parameters", "_buffers"):
         made.__dict__[name] = {**vars(module)[name], **(vars(held)[name] if held is not None else {})}
+    vars(made).update(layer_attributes(made, path, kept, first))
     graph.add_submodule(path, made)
-    return made
 
 
 def _call_layer(graph: Any, node: Any, path: str) -> None:
