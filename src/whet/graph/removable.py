@@ -13,7 +13,6 @@ import numpy.typing as npt
 from whet.errors import ModelError
 from whet.graph.groups import Family, Gone, Groups
 from whet.graph.named_groups import Eligible
-from whet.numerics.allocation import round_kept
 from whet.numerics.criteria import normalised
 from whet.specs import Group
 
@@ -56,9 +55,9 @@ class Removable:
         axis = len(self.groups.structure.held[family.members[0].tensor].value[family.members[0].axis])
         step = 1 if family.kind == "head" else round_to
         others = axis - len(family) * family.width
-        limit = int((1 - least_kept) * len(family))
-        fit = {round_kept(len(family), lost, step=step, width=family.width, others=others) for lost in range(1, limit + 1)}
-        allowed = [0, *sorted(lost for lost in fit if 0 < lost < len(family) and lost <= limit)]
+        limit = min(int((1 - least_kept) * len(family)), len(family) - 1)
+        left = others + (len(family) - np.arange(1, limit + 1)) * family.width
+        allowed = [0, *(np.flatnonzero(left % step == 0) + 1).tolist()]
         if len(allowed) <= most:
             return allowed
         chosen = np.unique(np.round(np.linspace(0, len(allowed) - 1, most)).astype(int))
