@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import whet
-from whet import Cubic, Global, Prune, Train
+from whet import Cubic, Distill, Global, Prune, Train
 from whet.numerics.masks import mask_lowest
 from whet.numerics.namespace import numpy_namespace
 from whet.numerics.statistics import paired_drop
@@ -131,11 +131,13 @@ class Mnist:
         clock = tables.Clock()
         dense = whet.fit((keras_model if self.keras else torch_model)(name), Train(epochs=epochs), **options)
         before = self.row(f"{name}, dense", dense, 0.0, clock)
-        clock = tables.Clock()
         spec = Prune(sparsity, allocation=Global(), schedule=Cubic(end=0.5, frequency=50))
-        made = whet.fit(dense, Train(epochs=epochs, apply=(spec,)), **options)
-        removed = sum(int((m == 0).sum()) for m in made.masks.values()) / sum(m.size for m in made.masks.values())
-        self.row(f"{name}, Whet, Cubic, Global", made, removed, clock, before, bar)
+        taught = Train(epochs=epochs, learning_rate=2e-3, apply=(spec, Distill(student_weight=0.1)))
+        for label, recipe in (("the dense model teaches", taught), ("alone", Train(epochs=epochs, apply=(spec,)))):
+            clock = tables.Clock()
+            made = whet.fit(dense, recipe, teacher=dense.model if recipe.distill else None, **options)
+            removed = sum(int((m == 0).sum()) for m in made.masks.values()) / sum(m.size for m in made.masks.values())
+            self.row(f"{name}, Whet, Cubic, Global, {label}", made, removed, clock, before, bar)
         if not self.keras:
             clock = tables.Clock()
             other = peer(whet.torch.copy(dense.model).train(), sparsity, epochs, train)

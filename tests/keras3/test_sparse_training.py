@@ -61,8 +61,9 @@ def test_rigl_without_data_says_what_to_do() -> None:
         pruner.step()
 
 
-@pytest.mark.parametrize("spec", [RAMP, MOVING, RIGL], ids=["ramp", "movement", "rigl"])
-@pytest.mark.parametrize("stop", [8, 11], ids=["between epochs", "within an epoch"])
+@pytest.mark.parametrize(
+    ("spec", "stop"), [(RAMP, 11), (MOVING, 8), (RIGL, 11)], ids=["ramp, within an epoch", "movement, between", "rigl, within"]
+)
 def test_fit_resumed_in_the_middle_of_the_ramp_is_the_undisturbed_one(spec, stop, tmp_path) -> None:
     x, y = DATA
     steps = 4 * len(x) // 8

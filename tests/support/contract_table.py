@@ -12,7 +12,7 @@ import numpy as np
 
 import whet
 from bench import Bench, bench
-from whet import Cubic, Distill, Float, Global, Int, Prune, Quantize, Train
+from whet import Cubic, Distill, Float, Global, Int, Prune, Quantize, SparseGPT, Train
 
 QUIET: dict[str, Any] = {"progress": False}
 SHORT = Train(epochs=2, learning_rate=2e-3)
@@ -98,6 +98,13 @@ TECHNIQUES: dict[str, Technique] = {
             "prune_global",
             pruned(Prune(0.5, allocation=Global())),
             lambda b, m: pruned(Prune(0.5, keep=("*",)))(b, m, 0),
+            sparsity=0.5,
+            again="reached already",
+        ),
+        Technique(
+            "prune_sparsegpt",
+            pruned(Prune(0.5, criterion=SparseGPT())),
+            lambda b, m: pruned(Prune(0.0, criterion=SparseGPT()))(b, m, 0),
             sparsity=0.5,
             again="reached already",
         ),

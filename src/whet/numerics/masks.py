@@ -50,8 +50,8 @@ def mask_lowest(scores: Array, count: int, *, xp: Namespace) -> Array:
     spared = size - count - int(xp.count_nonzero(kept))
     if spared:
         ties = flat == highest
-        last = xp.nth_true(ties, int(xp.count_nonzero(ties)) - spared)
-        kept = kept | (ties & (xp.positions(flat) >= last))
+        first = int(xp.nth_true(ties, int(xp.count_nonzero(ties)) - spared))
+        kept = xp.concatenate([flat[:first] > highest, flat[first:] >= highest])
     return xp.reshape(xp.cast(kept, "float32"), shape)
 
 
@@ -103,8 +103,8 @@ def _spare_highest(scores: Array, size: int, *, xp: Namespace) -> Array:
     if size == 0:
         return flat
     highest = flat == xp.max(flat)
-    last = xp.nth_true(highest, int(xp.count_nonzero(highest)) - 1)
-    return xp.where(xp.positions(flat) == last, xp.full_like(flat, math.inf), flat)
+    last = int(xp.nth_true(highest, int(xp.count_nonzero(highest)) - 1))
+    return xp.concatenate([flat[:last], xp.full_like(flat[last : last + 1], math.inf), flat[last + 1 :]])
 
 
 def nm_mask(scores: Array, keep: int, m: int, axis: int, *, xp: Namespace) -> Array:
