@@ -1,7 +1,7 @@
 """The Keras 3 side: the verbs of `whet.pipeline.side.Side`, and pieces for your own training loop."""
 
 from whet.keras.blocks import blocks
-from whet.keras.callbacks import PruningCallback
+from whet.keras.callbacks import DistillationCallback, EarlyStoppingCallback, PruningCallback
 from whet.keras.convert import convert
 from whet.keras.export import export
 from whet.keras.features import with_features
@@ -33,6 +33,8 @@ FRAMEWORK = "keras"
 
 __all__ = [
     "FRAMEWORK",
+    "DistillationCallback",
+    "EarlyStoppingCallback",
     "FakeQuantize",
     "GroupLassoRegularizer",
     "Pruner",

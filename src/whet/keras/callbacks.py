@@ -10,9 +10,12 @@ import keras
 from whet.data import Batches
 from whet.errors import SpecError
 from whet.graph.views import Masks
+from whet.keras.fit_callbacks import DistillationCallback, EarlyStoppingCallback
 from whet.keras.prune import Masker
 from whet.numerics.schedules import Ramp, lay
 from whet.specs import OneShot, Prune, from_dict, to_dict
+
+__all__ = ["DistillationCallback", "EarlyStoppingCallback", "PruningCallback"]
 
 
 class PruningCallback(keras.callbacks.Callback):  # type: ignore[misc]

@@ -35,7 +35,8 @@ class WhetCallback(_transformers.TrainerCallback):  # type: ignore[misc]
 
     With `early_stopping`, `monitor` is watched in every evaluation; neither the best nor patience counts before the ramp is
     done and ranges are observed, and the best weights come back at the end (`load_best_model_at_end` knows nothing of
-    ramps: leave it off). Every checkpoint of the Trainer gets a file `whet.pt`, which `resume_from_checkpoint` in `output_dir` finds.
+    ramps: leave it off). Every checkpoint of the Trainer gets a file `whet.pt`, which `resume_from_checkpoint` in
+    `output_dir` finds.
     """
 
     def __init__(
