@@ -69,8 +69,10 @@ class Removable:
         return [float(rising[lost]) for lost in options]
 
 
-def may_leave(found: Eligible, refused: Mapping[str, str]) -> tuple[tuple[Family, ...], tuple[tuple[str, str], ...]]:
-    """The families that are not refused, and (layer, reason) of all others.
+def may_leave(
+    found: Eligible, refused: Mapping[str, str], hint: str = ""
+) -> tuple[tuple[Family, ...], tuple[tuple[str, str], ...]]:
+    """The families that are not refused, and (layer, reason) of all others. hint: what else an error may suggest.
 
     Raises:
         ModelError: there is none.
@@ -79,7 +81,7 @@ def may_leave(found: Eligible, refused: Mapping[str, str]) -> tuple[tuple[Family
     skipped = [*found.skipped, *((f.layer, refused[f.name]) for f in found.families if f.name in refused)]
     if not families:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:8])
-        raise ModelError(f"Prune can remove nothing from this model ({reasons}). See whet.groups(model, example).")
+        raise ModelError(f"Prune can remove nothing from this model ({reasons}). See whet.groups(model, example){hint}.")
     return families, tuple(skipped)
 
 

@@ -6,9 +6,10 @@ import time
 from typing import Any
 
 from whet.data import Batches
-from whet.errors import ModelError, SpecError
+from whet.errors import SpecError
 from whet.graph.cutting import changed, cut_masks, difference
 from whet.graph.placement import unmatched
+from whet.graph.removable import may_leave
 from whet.graph.selection import choose, eligible
 from whet.graph.views import Masks
 from whet.keras import surgery
@@ -44,12 +45,8 @@ def remove(
     reading = read_model(work, example)
     groups, found = reading.groups, eligible(reading.groups, spec)
     refused = surgery.refused(reading, found.families)
-    families = [family for family in found.families if family.name not in refused]
-    skipped = [*found.skipped, *((f.layer, refused[f.name]) for f in found.families if f.name in refused)]
-    if not families:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:8])
-        raise ModelError(f"Prune can remove nothing from this model ({reasons}). See whet.groups(model, example).")
-    gone = choose(groups, families, scores_of(work, families, spec.criterion, data), spec)
+    families, skipped = may_leave(found, refused)
+    gone = choose(groups, families, scores_of(work, list(families), spec.criterion, data), spec)
     kept, names = groups.kept(gone), [path for path, _ in walk(work)] + list(named_weights(work))
     original, tolerance = surgery.outputs(work, example), surgery.tolerance_of(work)
     constants = fold_constants(work, reading, gone, surgery.outputs, example)

@@ -10,6 +10,7 @@ from whet.errors import ModelError
 from whet.graph.cutting import changed, cut_masks
 from whet.graph.groups import Gone
 from whet.graph.placement import unmatched
+from whet.graph.removable import may_leave
 from whet.graph.selection import choose, eligible
 from whet.graph.views import Masks
 from whet.records import Step
@@ -39,14 +40,8 @@ def remove(
     groups, surgeon = reading.groups, Surgeon(model, reading, example)
     found = eligible(groups, spec)
     refused = {row.family: row.reason for row in surgeon.refusals(found.families)} if spec.rebuild is None else {}
-    families = [family for family in found.families if family.name not in refused]
-    skipped = [*found.skipped, *((f.layer, refused[f.name]) for f in found.families if f.name in refused)]
-    if not families:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:8])
-        raise ModelError(
-            f"Prune can remove nothing from this model ({reasons}). See whet.groups(model, example), or use rebuild='graph'."
-        )
-    gone = choose(groups, families, scores_of(model, families, spec.criterion, data), spec)
+    families, skipped = may_leave(found, refused, hint=", or use rebuild='graph'")
+    gone = choose(groups, families, scores_of(model, list(families), spec.criterion, data), spec)
     kept, before = groups.kept(gone), dict(model.named_parameters(remove_duplicate=False))
     original = surgeon.outputs()
     constants = fold_constants(model, reading, gone)
