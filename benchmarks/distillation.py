@@ -64,7 +64,7 @@ def seeded(build: Any, seed: int) -> Any:
 def run_mnist(given: argparse.Namespace) -> None:
     """784-64-32-10 teaches 784-32-10: 2,000 labelled images, and the other 58,000 without their labels."""
     train, test = data.mnist("train"), data.mnist("test")
-    epochs, more = (2, 1) if given.quick else (80, 20)
+    epochs, more = (2, 1) if given.quick else (80, 10)
     head = f"MNIST, {epochs} epochs of 2,000 labelled images, {more} of all 60,000 without labels, shifted by up to a pixel"
     columns = ("", "top-1, %", "gain, points", "to reach")
     table = tables.Table("distill-mnist", head, columns, "python benchmarks/distillation.py --parts mnist", record=given.record)

@@ -15,7 +15,7 @@ import keras, numpy as np
 from keras_parts import cnn, dense, fitted, points, same_weights
 from whet.keras import PruningCallback, copy, predict, prune
 from whet.keras.views import views
-from whet.specs import Cubic, Distill, Prune, Train
+from whet.specs import CRD, RKD, Cubic, Distill, Features, Prune, SoftTargets, Train
 
 keras.utils.set_random_seed(0)
 held = lambda model, masks: all((v.array[masks[n] == 0] == 0).all() and (v.array[masks[n] == 1] != 0).all() for n, v in views(model).items())
@@ -27,6 +27,9 @@ spec = Train(epochs=12, learning_rate=0.03, apply=[Prune(0.5, schedule=Cubic(fre
 masks, step = fitted(student, spec, teacher=teacher)
 again = copy(teacher)
 fitted(again, spec, teacher=teacher)
+inside = [Features("hidden", "hidden"), CRD("hidden", "hidden"), RKD("hidden", "hidden")]
+spec = Train(epochs=8, learning_rate=0.01, apply=[Distill([SoftTargets(), *inside])])
+_, layers = fitted(dense(), spec, teacher=teacher)
 free = copy(teacher)
 prune(free, Prune(0.5), masks={})
 (x, y), model = points(), dense()
@@ -45,6 +48,7 @@ print(json.dumps({
     "teacher_same": same_weights(teacher, before),
     "deterministic": same_weights(student, again),
     "one_shot": [float((v.array == 0).mean()) for v in views(free).values()],
+    "layers": [row["loss"] for row in layers.train["history"]],
     "callback": [held(model, callback.masks), callback.sparsity],
     "copied": bool(np.array_equal(predict(conv, image), predict(copy(conv), image))),
 }))
@@ -63,4 +67,5 @@ def test_prune_train_and_distill(backend):
     assert found["backend"] == backend
     assert found["losses"][-1] < 0.5 * found["losses"][0] and found["teacher"] > 0.95 and found["metric"] > 0.8
     assert found["sparsity"] == 0.5 and found["one_shot"] == [0.5, 0.5] and found["callback"] == [True, 0.5]
+    assert found["layers"][-1] < 0.8 * found["layers"][0]
     assert found["held"] and found["teacher_same"] and found["deterministic"] and found["copied"]
