@@ -54,9 +54,10 @@ class Setting:
 
 SETTINGS = {
     "teacher, 1e-3": Setting(),
+    "teacher, 4e-4": Setting(rate=4e-4),
     "teacher, 2e-3": Setting(rate=2e-3),
-    "teacher, 1e-3, from GPTQ": Setting(start="GPTQ"),
-    "labels alone, 1e-3": Setting(teacher=False),
+    "teacher, 4e-4, from GPTQ": Setting(rate=4e-4, start="GPTQ"),
+    "labels alone, 4e-4": Setting(rate=4e-4, teacher=False),
 }
 
 

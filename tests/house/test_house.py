@@ -106,16 +106,16 @@ def test_an_eager_framework_import_is_caught(tmp_path) -> None:
 IMPORT = """
 import json, sys, time
 before = set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()
 import whet
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 whet.Prune(0.5), whet.Budget, whet.Recipe
 heavy = sorted({name.split('.')[0] for name in set(sys.modules) - before})
 print(json.dumps([seconds, heavy]))
 """
 
 
-def test_importing_whet_loads_no_framework_and_takes_less_than_0_3_s() -> None:
+def test_importing_whet_loads_no_framework_and_takes_less_than_0_3_s_of_processor_time() -> None:
     seconds = []
     for _ in range(5):
         ran = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, timeout=60)
