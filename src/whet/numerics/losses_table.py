@@ -65,7 +65,7 @@ def check_shapes(spec: Loss, student: Any, teacher: Any, labels: Any) -> None:
     if not _fit(student, teacher):
         raise ModelError(
             f"Student and teacher must give logits of one shape, got {student} from the student and {teacher} from the "
-            "teacher. Do both know the same classes, in the same order?"
+            "teacher. Do both know the same classes, or words, in the same order?"
         )
     if isinstance(spec, NEEDS_CLASSES) and (not student or student[-1] is None or student[-1] < 2):
         raise ModelError(
