@@ -55,7 +55,7 @@ RECIPES = {
             (0.5, ("layer1.[12368]", "layer3.[15678]")),
             (0.25, ("layer1.7", "layer3.0")),
         ),
-        epochs=3,
+        epochs=5,
         rate=0.02,
     ),
 }
