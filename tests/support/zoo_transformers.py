@@ -107,9 +107,9 @@ def spread(model: Any) -> Any:
     """
     drawn = torch.Generator().manual_seed(5)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.ndim == 1 and tensor.is_floating_point() and len(tensor) > 1 and "inv_freq" not in name:
-            wide = name.endswith(("bias", "running_mean"))
-            low, high = (-0.2, 0.2) if wide else (0.6, 1.4)
+        wide = tensor.is_floating_point() and 1 < tensor.numel() == max(tensor.shape)  # a number for each channel
+        if wide and "inv_freq" not in name:
+            low, high = (-0.2, 0.2) if name.endswith(("bias", "running_mean")) else (0.6, 1.4)
             tensor.data.copy_(low + (high - low) * torch.rand(tensor.shape, generator=drawn))
     return model
 
