@@ -179,3 +179,24 @@ def test_several_blocks_leave_greedily_and_training_goes_on():
     spec = Prune(granularity=Layer(2), criterion=OutputChange(greedy=True))
     made = whet.prune(torch_resnet(), spec, fit=whet.Train(epochs=1), train=[(X, Y)], progress=False)
     assert len(made.steps) == 2 and len(blocks(made.float_model, X).blocks) == 1
+
+
+@pytest.mark.parametrize("family", ["Bert", "GPT2", "Llama"])
+def test_whole_layers_of_transformers_are_found(family):
+    transformers = pytest.importorskip("transformers", reason="the package transformers is not installed")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes = {"n_embd": 32, "n_layer": 3, "n_head": 2, "bos_token_id": 0, "eos_token_id": 1} if family == "GPT2" else sizes
+    config = getattr(transformers, f"{family}Config")(vocab_size=60, **sizes)
+    kind = f"{family}ForSequenceClassification" if family == "Bert" else f"{family}LMHeadModel" if family == "GPT2" else ""
+    torch.manual_seed(0)
+    model = getattr(transformers, kind or f"{family}ForCausalLM")(config).eval()
+    model.config.use_cache = False
+    ids = {"input_ids": np.random.default_rng(0).integers(0, 50, (2, 8))}
+    found = blocks(model, ids)
+    assert len(found.blocks) == 3 and not found.skipped
+    before = found.without((), ids)
+    tried = found.without([found.blocks[1].name], ids)
+    made, _ = found.remove([found.blocks[1].name], {})
+    after = blocks(made, ids)
+    assert len(after.blocks) == 2 and np.allclose(after.without((), ids)["logits"], tried["logits"], atol=1e-6)
+    assert not np.allclose(before["logits"], tried["logits"])
