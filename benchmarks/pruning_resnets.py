@@ -118,7 +118,7 @@ def run(name: str, recipe: Recipe, args: argparse.Namespace) -> None:
     if args.start:
         made = whet.load(args.start, model=getattr(cifar, name)())
     else:
-        made = pruned(original, recipe, [(x[i : i + 128], y[i : i + 128]) for i in range(0, 1024, 128)])
+        made = pruned(original, recipe, [(x[i : i + 128], y[i : i + 128]) for i in range(0, 512, 128)])
     seconds = time.perf_counter() - started
     before, after = whet.inspect(original, x[:1]), whet.inspect(made.model, x[:1])
     print(f"{name}: {before.macs:,} → {after.macs:,} MACs, x {before.macs / after.macs:.2f} fewer; parameters", end=" ")
