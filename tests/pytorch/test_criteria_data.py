@@ -12,6 +12,9 @@ from torch_parts import batches, seeded, small, state_of
 from whet import NM, OBS, SNIP, Activation, Channel, Fisher, Global, Movement, Prune, SparseGPT, Taylor, UserCriterion, Wanda
 from whet.data import Batches
 from whet.errors import SpecError
+from whet.numerics.criteria import weight_importance
+from whet.numerics.namespace import numpy_namespace as xp
+from whet.torch.importance import statistics_for
 from whet.torch.inputs import InputReader
 
 QUIET = {"progress": False}
@@ -91,6 +94,26 @@ def test_activation_removes_the_channels_that_are_nearly_silent() -> None:
     spec = Prune(3 / 8, granularity=Channel(), round_to=1, criterion=Activation(), include="0")
     made = whet.prune(model, spec, train=[x for x, _ in batches()], **QUIET)
     np.testing.assert_array_equal(made.model[0].weight.detach(), model[0].weight.detach()[[0, 2, 3, 5, 7]])
+
+
+@pytest.mark.parametrize(
+    "criterion", [Taylor(), SNIP(), Fisher(), Movement(), Wanda(), OBS(), Activation()], ids=lambda c: type(c).__name__
+)
+def test_every_criterion_removes_the_neurons_of_least_score(criterion) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)))
+    data = (rows(), np.random.default_rng(3).integers(0, 3, 64))
+    found = {n: t.numpy() for n, t in statistics_for(model, criterion, Batches(data)).items()}
+    scores = {
+        n: weight_importance(criterion, model.get_parameter(n).detach().numpy(), found[n], xp=xp)
+        for n in ("0.weight", "2.weight")
+    }
+    if isinstance(criterion, Activation):
+        total = (found["2.weight"] ** 2).mean(0)
+    else:
+        total = scores["0.weight"].sum(1) + scores["2.weight"].sum(0)
+    left = np.sort(np.argsort(total, kind="stable")[3:])
+    made = whet.prune(model, Prune(0.5, granularity=Channel(), round_to=1, criterion=criterion), train=data, **QUIET)
+    np.testing.assert_array_equal(made.model[0].weight.detach(), model[0].weight.detach()[left])
 
 
 def output_error(model, made, x):
