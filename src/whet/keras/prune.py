@@ -91,7 +91,7 @@ class Masker(_Masker):
         """Set removed weights to zero again. Chosen, not multiplied: -1 · 0 is -0, which does not compress."""
         for name in self._removed:
             variable = self._kernels[name].variable
-            variable.assign(keras.ops.where(self._tensors[name], keras.ops.zeros_like(variable), variable))
+            variable.assign(keras.ops.where(self._tensors[name], keras.ops.zeros_like(variable.value), variable.value))
 
     def masks(self) -> Masks:
         """The masks by kernel name: 1 where kept."""
