@@ -1,5 +1,6 @@
 """The programs of examples/, run as a reader would, on few epochs."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -36,6 +37,24 @@ def test_pruning_in_pytorch_says_what_to_expect_and_packs_to_less_than_half():
 def test_quantization_in_keras_reports_an_int8_file():
     out = _run("quantize_keras.py", "--epochs", "1")
     assert "FULLY_CONNECTED int8 ×3" in re.sub(r"\s+", " ", out)
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [
+        ("lightning_torch.py", ("lightning",)),
+        ("trainer_torch.py", ("transformers", "accelerate")),
+        ("fit_keras.py", ("keras",)),
+    ],
+)
+def test_loops_of_others_end_in_a_quantized_file_without_most_weights(name, needs):
+    for package in needs:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    teacher, student = _run(name, "--epochs", "2").splitlines()[-2:]
+    assert re.match(r"teacher +\d+\.\d % .* of 400 test images", teacher)
+    found = re.match(r"student, int8 +\d+\.\d % .* of 400 test images, (\d+)% of its weights removed", student)
+    assert found and int(found[1]) in (60, 80)
 
 
 @pytest.mark.parametrize("name", ["distill_torch.py", "prune_torch.py"])

@@ -6,6 +6,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -15,6 +17,7 @@ lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is not in
 import whet  # noqa: E402
 from whet import DIST, QAT, Cubic, Distill, EarlyStopping, Features, GroupLasso, Int, Prune, Quantize, SoftTargets  # noqa: E402
 from whet.errors import MetricError, ModelError, SpecError  # noqa: E402
+from whet.numerics.stopping import StoppingState, update  # noqa: E402
 from whet.torch.lightning import WhetCallback  # noqa: E402
 
 warnings.filterwarnings("ignore", module="lightning")
@@ -159,6 +162,28 @@ def test_the_best_is_at_the_final_sparsity_and_comes_back(tmp_path):
         )
     assert after == pytest.approx(best, abs=1e-5)
     assert seen[0][0] < best and callback.sparsity == pytest.approx(0.9, abs=0.02)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(st.integers(-16, 16).map(lambda i: i / 8), min_size=1, max_size=12),
+    patience=st.integers(1, 4),
+    min_delta=st.sampled_from([0.0, 0.125, 0.5]),
+    higher=st.booleans(),
+)
+def test_early_stopping_decides_as_lightnings(values, patience, min_delta, higher):
+    theirs = lightning.callbacks.EarlyStopping("v", min_delta=min_delta, patience=patience, mode="max" if higher else "min")
+    state, stopped = StoppingState(), [None, None]
+    spec = EarlyStopping(patience=patience, min_delta=min_delta)
+    for epoch, value in enumerate(values):
+        state, decision = update(state, value, spec, higher_is_better=higher)
+        should_stop, _ = theirs._evaluate_stopping_criteria(torch.tensor(value))
+        stopped = [
+            epoch if ends and was is None else was for was, ends in zip(stopped, (decision.stop, should_stop), strict=True)
+        ]
+        assert stopped[0] == stopped[1] and float(theirs.best_score) == state.best
+        if stopped[0] is not None:
+            break
 
 
 def test_group_lasso_joins_the_loss(tmp_path):

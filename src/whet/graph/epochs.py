@@ -153,6 +153,22 @@ class Epochs(ABC):
         """The state in which the model trains; left when all is done."""
         return nullcontext()
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the checkpoint: of several that train together one does."""
+        return True
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The present batch's place among those of one optimizer step, counted from 0, and how many these are.
+
+        An epoch's last step takes the batches that are left.
+        """
+        batches = self.steps // self.spec.epochs
+        index = self.step % batches
+        begin = index - index % self.spec.accumulate
+        return index - begin, min(self.spec.accumulate, batches - begin)
+
     def hint(self) -> str:
         """What else may help where a loss is not finite."""
         return ""
@@ -167,7 +183,7 @@ class Epochs(ABC):
                     self._go_on(checkpoint, at, shown)
                 while at.epoch < self.spec.epochs and not at.decision.stop:
                     self._next(at, shown)
-                    if checkpoint is not None:
+                    if checkpoint is not None and self.writes:
                         checkpoint.write(self._standing(at))
             finally:
                 self.restore(at.best)

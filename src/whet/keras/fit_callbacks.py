@@ -95,8 +95,8 @@ class DistillationCallback(keras.callbacks.Callback):  # type: ignore[misc]
 class EarlyStoppingCallback(keras.callbacks.Callback):  # type: ignore[misc]
     """`EarlyStopping` in `model.fit`, aware of the recipe; the best weights come back.
 
-    Nothing is best and no patience begins before the ramp of `after`, a `PruningCallback`, is done, and before the quantizers of
-    a model that `prepare` made have observed their ranges. Put it before the `PruningCallback`.
+    Nothing is best and no patience begins before the ramp of `after`, a `PruningCallback`, is done, and before the quantizers
+    of a model that `prepare` made have observed their ranges. Put it before the `PruningCallback`.
     """
 
     def __init__(

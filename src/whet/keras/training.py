@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from whet.errors import DataError, ModelError, WhetError
+from whet.errors import DataError, ModelError, SpecError, WhetError
 from whet.graph.epochs import Epochs, Judge, TrainingRun
 from whet.graph.views import Masks
 from whet.keras.distill import Teacher
@@ -32,12 +32,17 @@ def train(model: Any, spec: Train, run: TrainingRun) -> tuple[Masks, Step]:
     the model's own layers are added, as in `fit`.
 
     Raises:
-        SpecError: the pruning schedule does not fit into the training steps.
+        SpecError: the pruning schedule does not fit into the training steps, or a precision.
         ModelError: nothing to train or to prune, a teacher that cannot teach, or a loss that is not finite; after that the
             model has the best weights so far, else those it came with.
         DataError: batches that the model or the loss cannot take.
     """
     started = time.perf_counter()
+    if spec.precision is not None:
+        raise SpecError(
+            f"Train.precision={spec.precision!r} is PyTorch's autocast. A Keras model computes as its layers' dtype "
+            "policies say: build it under keras.config.set_dtype_policy('mixed_bfloat16'), and leave precision out."
+        )
     ramp = run.ramp(spec)
     penalty = contextlib.nullcontext() if spec.group_lasso is None else group_lasso(model, spec.group_lasso.strength)
     with seeded(model, run.seed), on_device(run.device), penalty:
@@ -91,7 +96,7 @@ class _Student(keras.Model):  # type: ignore[misc]
     ) -> Any:
         """The objective, and the regularization losses of the student's layers."""
         maps = {
-            name: begun + rate * keras.ops.convert_to_tensor(moved)
+            name: keras.ops.convert_to_tensor(begun) + rate * keras.ops.convert_to_tensor(moved)
             for (name, (begun, rate)), moved in zip(self._maps.items(), self.moved, strict=True)
         }
         total = self.objective(y_pred, y, maps)
@@ -118,13 +123,16 @@ class _Loop(Epochs):
     def _optimizer(self) -> Any:
         rate: Any = self.spec.learning_rate
         if self.spec.decay is not None:  # Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5, without restarts
-            rate = keras.optimizers.schedules.CosineDecay(self.spec.learning_rate, self.steps)
+            rate = keras.optimizers.schedules.CosineDecay(self.spec.learning_rate, max(1, self.steps // self.spec.accumulate))
+        options: dict[str, Any] = {"global_clipnorm": self.spec.clip}
+        if self.spec.accumulate > 1:
+            options["gradient_accumulation_steps"] = self.spec.accumulate
         if self.spec.weight_decay:
-            optimizer = keras.optimizers.AdamW(rate, weight_decay=self.spec.weight_decay)
+            optimizer = keras.optimizers.AdamW(rate, weight_decay=self.spec.weight_decay, **options)
             if self.trainer.moved:
                 optimizer.exclude_from_weight_decay(var_list=self.trainer.moved)
         else:
-            optimizer = keras.optimizers.Adam(rate)
+            optimizer = keras.optimizers.Adam(rate, **options)
         narrow = any(layer.compute_dtype == "float16" for _, layer in walk(self.model))
         return keras.optimizers.LossScaleOptimizer(optimizer) if narrow else optimizer
 

@@ -64,6 +64,11 @@ class Train:
 
     `loss(outputs, targets)` returns a scalar in the model's own framework; by default it is cross-entropy on logits for
     integer targets and the mean squared error for floating-point targets.
+
+    accumulate: batches whose mean gradient is one optimizer step; schedules still count batches. clip: the greatest 2-norm of
+    all gradients together, to which they are scaled down (Pascanu et al. 2013, arXiv:1211.5063, alg. 1). precision: "bfloat16"
+    or "float16" runs the forward pass in it where that is safe (PyTorch's autocast, with a scaled loss for float16); Keras
+    models say so themselves, by their dtype policy.
     """
 
     _: KW_ONLY
@@ -74,9 +79,17 @@ class Train:
     loss: Callable[..., Any] | None = None
     apply: tuple[Prune | Distill | GroupLasso, ...] = ()
     early_stopping: EarlyStopping | None = None
+    accumulate: int = 1
+    clip: float | None = None
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         check_integer("Train.epochs", self.epochs, low=1)
+        check_integer("Train.accumulate", self.accumulate, low=1)
+        if self.clip is not None:
+            check_number("Train.clip", self.clip, low=0, high=1e12, open_low=True)
+        if self.precision not in ("bfloat16", "float16", None):
+            raise SpecError(f"Train.precision must be 'bfloat16', 'float16' or None, got {self.precision!r}.")
         check_number("Train.learning_rate", self.learning_rate, low=0, high=1e3, open_low=True)
         check_number("Train.weight_decay", self.weight_decay, low=0, high=1e3)
         if self.decay not in ("cosine", None):

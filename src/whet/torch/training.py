@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,9 @@ from whet.records import Step
 from whet.specs import Train
 from whet.torch.distill import teaching
 from whet.torch.learner import scale_names
-from whet.torch.model import call, dtype_of, evaluating, on_device, to_numpy, to_tensors
+from whet.torch.model import call, device_of, dtype_of, evaluating, on_device, to_numpy, to_tensors
 from whet.torch.objective import Objective
+from whet.torch.processes import Processes
 from whet.torch.prune import Masker
 from whet.torch.standing import generator_states, load_optimizer, optimizer_state, packed, set_generator_states, unpacked
 
@@ -76,6 +77,10 @@ class _Loop(Epochs):
             raise ModelError("No parameter has requires_grad=True: there is nothing to train. Unfreeze some, or use prune().")
         groups = [*_decaying(model), *objective.groups()]
         self.optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, weight_decay=spec.weight_decay)
+        device = device_of(model).type
+        self.scaler = torch.amp.GradScaler(device, enabled=spec.precision == "float16")  # small gradients would be zero
+        self.processes = Processes()
+        self.processes.agree(self._tensors())
         self.alone = 0  # batches left out: one example, which batch norm cannot train on
 
     @contextmanager
@@ -93,21 +98,47 @@ class _Loop(Epochs):
 
     def train_on(self, inputs: Any, targets: Any, where: str) -> float | None:
         """One optimizer step; its loss, or None for a batch of one that batch norm refuses."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(self.step) * group.get("relative", 1.0)
-        self.optimizer.zero_grad(set_to_none=True)
+        place, together = self.place
+        if place == 0:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate(self.step) * group.get("relative", 1.0)
+            self.optimizer.zero_grad(set_to_none=True)
+        inputs, targets, share = self.processes.own(inputs, targets)
         try:
-            loss = self.objective(self.model, inputs, targets)
+            with self._autocast():
+                loss = self.objective(self.model, inputs, targets)
         except DataError as error:
-            if "Expected more than 1 value per channel when training" not in str(error.__cause__):
+            if "Expected more than 1 value per channel when training" not in str(error.__cause__) or self.processes.count > 1:
                 raise
             self.alone += 1
             return None
-        value = float(loss.detach())
+        value = self.processes.total(share * float(loss.detach()))
         if math.isfinite(value):
-            loss.backward()
-            self.optimizer.step()
+            self.scaler.scale(loss * (share / together)).backward()
+            if place == together - 1:
+                self._update()
         return value
+
+    def _autocast(self) -> Any:
+        """The context of the forward pass."""
+        if self.spec.precision is None:
+            return nullcontext()
+        return torch.autocast(device_of(self.model).type, getattr(torch, self.spec.precision))
+
+    def _update(self) -> None:
+        """The optimizer's step on the gradients of all batches and processes, clipped."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.processes.add_gradients(parameters)
+        self.scaler.unscale_(self.optimizer)
+        if self.spec.clip is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.spec.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    @property
+    def writes(self) -> bool:
+        """The first process."""
+        return self.processes.rank == 0
 
     def hint(self) -> str:
         """float16 overflows."""
@@ -144,6 +175,7 @@ class _Loop(Epochs):
             "generators": generator_states(self.given.train.source),
             "teacher": self.objective.state(),
             "alone": self.alone,
+            "scaler": self.scaler.state_dict(),
         }
         return packed(found)  # type: ignore[no-any-return]
 
@@ -153,6 +185,7 @@ class _Loop(Epochs):
         load_optimizer(self.optimizer, found["optimizer"])
         self.objective.load(found["teacher"])
         self.alone = found["alone"]
+        self.scaler.load_state_dict(found["scaler"])
         set_generator_states(self.given.train.source, found["generators"])
 
     def _tensors(self) -> list[tuple[str, Any]]:
