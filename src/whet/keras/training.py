@@ -123,7 +123,7 @@ class _Loop(Epochs):
     def _optimizer(self) -> Any:
         rate: Any = self.spec.learning_rate
         if self.spec.decay is not None:  # Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5, without restarts
-            rate = keras.optimizers.schedules.CosineDecay(self.spec.learning_rate, max(1, self.steps // self.spec.accumulate))
+            rate = keras.optimizers.schedules.CosineDecay(self.spec.learning_rate, self.steps)  # counts batches
         options: dict[str, Any] = {"global_clipnorm": self.spec.clip}
         if self.spec.accumulate > 1:
             options["gradient_accumulation_steps"] = self.spec.accumulate

@@ -99,9 +99,9 @@ class _Loop(Epochs):
     def train_on(self, inputs: Any, targets: Any, where: str) -> float | None:
         """One optimizer step; its loss, or None for a batch of one that batch norm refuses."""
         place, together = self.place
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(self.step) * group.get("relative", 1.0)
         if place == 0:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.rate(self.step) * group.get("relative", 1.0)
             self.optimizer.zero_grad(set_to_none=True)
         inputs, targets, share = self.processes.own(inputs, targets)
         try:
