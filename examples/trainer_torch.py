@@ -49,6 +49,7 @@ def main() -> None:
             arguments = TrainingArguments(
                 output_dir=folder,
                 num_train_epochs=options.epochs,
+                warmup_steps=30,
                 per_device_train_batch_size=32,
                 learning_rate=rate,
                 save_strategy="no",
