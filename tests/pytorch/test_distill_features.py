@@ -14,7 +14,6 @@ from whet.numerics.losses_layers import layer_loss
 from whet.numerics.namespace import numpy_namespace as np_xp
 from whet.specs import PKT, RKD, AttentionTransfer, Distill, Features, SimilarityPreserving, SoftTargets, Train
 
-
 # Losses on layers are tested alone; that they should not be used so is tested too.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Nothing but .* teaches:UserWarning"),
