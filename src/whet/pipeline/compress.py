@@ -116,10 +116,7 @@ def compress(
     """
     budget = Budget() if budget is None else budget
     expect("budget", budget, Budget)
-    if log is not None and not callable(log):
-        raise SpecError(
-            f"log must be a function of one report, got {log!r}: log=lambda report: to_tensorboard(report, 'runs')."
-        )
+    _check_log(log)
     original = start(model, example=example, seed=seed)
     rules = find_target(target, original.side.FRAMEWORK)
     folder = None if out is None else Path(out)
@@ -154,6 +151,13 @@ def compress(
     if log is not None:
         log(result.report)
     return result
+
+
+def _check_log(log: Any) -> None:
+    if log is not None and not callable(log):
+        raise SpecError(
+            f"log must be a function of one report, got {log!r}: log=lambda report: to_tensorboard(report, 'runs')."
+        )
 
 
 def default_recipes(*, classifies: bool, has_targets: bool) -> tuple[Recipe, ...]:
