@@ -225,7 +225,7 @@ def test_a_folder_is_not_half_written(b, monkeypatch, tmp_path):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("whet.pipeline.compress.write_html", full)
+    monkeypatch.setattr("whet.pipeline.output.write_html", full)
     with pytest.raises(whet.WhetError, match=r"Cannot write to .*No space left on device") as caught:
         run(b, out=tmp_path / "out")
     assert isinstance(caught.value, OSError)

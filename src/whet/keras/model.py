@@ -89,7 +89,7 @@ def copy(model: Model) -> Model:
                 "Whet works on a copy, made from get_config(). Give each custom class a get_config() that returns the "
                 "arguments of its constructor, and let the constructor pass **kwargs on to super().__init__."
             ) from cause
-        if not _is_plain(model) and (sizes := noted(model)) is not None:
+        if not is_plain(model) and (sizes := noted(model)) is not None:
             _resized(model, new, sizes)
     transfer(model, new)
     note(new, noted(model))
@@ -104,10 +104,10 @@ def _resized(model: Model, new: Model, sizes: Sizes) -> None:
 
 
 def _clone(model: Model) -> Model:
-    if not _is_plain(model):
+    if not is_plain(model):
         return _revive(model)
     # Keras would make nested classes derived from Functional plain Functional models: they are made beforehand.
-    derived = [layer for _, layer in walk(model) if isinstance(layer, keras.Model) and not _is_plain(layer)]
+    derived = [layer for _, layer in walk(model) if isinstance(layer, keras.Model) and not is_plain(layer)]
     made = {id(layer): _revive(layer) for layer in derived}
     clone = keras.models.clone_model(model, clone_function=_clone_layer, recursive=True, cache=made)
     if not clone.built:  # a Sequential without Input, built by its first call
@@ -115,7 +115,7 @@ def _clone(model: Model) -> Model:
     return clone
 
 
-def _is_plain(model: Model) -> bool:
+def is_plain(model: Model) -> bool:
     """Whether it is Keras' own Functional or Sequential, not a class derived from them."""
     return isinstance(model, keras.Model) and type(model).__module__.startswith("keras.")
 
@@ -287,7 +287,7 @@ def arrange(model: Model, inputs: Any) -> Any:
     Raises:
         DataError: an input is missing or of another shape, or there are too many.
     """
-    declared = model.inputs if _is_plain(model) else None
+    declared = model.inputs if is_plain(model) else None
     if not declared:
         return inputs
     structure = getattr(model, "_inputs_struct", declared[0])  # the structure the model was made with; Sequential has one input

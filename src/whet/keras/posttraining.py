@@ -19,7 +19,7 @@ from whet.graph.refine import needs_data, refine, refines
 from whet.graph.solve import Calibration, solve
 from whet.keras.calibrate import calibrate
 from whet.keras.clone import Model, Program, assemble
-from whet.keras.model import predict
+from whet.keras.model import forward, is_plain, predict
 from whet.keras.moments import KerasRunner
 from whet.keras.quantize import arrays
 from whet.keras.reconstruct import reconstruct
@@ -43,6 +43,8 @@ def quantize(
     started = time.monotonic()
     observed = isinstance(spec.activations, Int)
     _check_calibration(spec, calibration)
+    if is_plain(model):
+        forward(model, example)  # says so where the model does not take it; tracing a subclassed one does
     rules = rules_for(target, spec)
     equalized = _equalized(model, spec, rules, calibration, example)
     program = _program(model, example, equalized.tensors)
