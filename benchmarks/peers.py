@@ -5,11 +5,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +68,3 @@ PEERS: dict[str, tuple[str, Peer]] = {  # and the target whose runtime runs the 
     "NNCF, on OpenVINO": ("openvino", nncf_openvino),
     "torchao PT2E, XNNPACKQuantizer": ("executorch", pt2e),
 }
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the peers' logs and bars."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

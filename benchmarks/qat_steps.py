@@ -20,12 +20,12 @@ from dataclasses import replace
 import tables
 import torch
 from cifar import resnet20
-from peers import quiet
 from torch import nn
 from torch.nn import functional as F
 
 import whet
 from whet.specs import QAT, TARGETS, Int, PerTensor, Quantize, Target
+from whet.torch.program import quietly
 
 FLOAT, FOLDED = "float, batch norms in training", "float, batch norms folded"
 Pairs = dict[str, list[tuple[float, float]]]  # a model -> (processor seconds, seconds) of each of its steps
@@ -63,7 +63,7 @@ def pt2e(x: torch.Tensor, *, additions: bool) -> nn.Module:
     else:
         for kind in (nn.Conv2d, nn.Linear):
             quantizer.set_module_type(kind, config)
-    with quiet():
+    with quietly():
         traced = torch.export.export(resnet20().train(), (x,)).module()
         made = prepare_qat_pt2e(traced, quantizer)
     allow_exported_model_train_eval(made)

@@ -29,7 +29,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from cifar import images, resnet20  # noqa: E402
 from executorch_part import pt2e  # noqa: E402
-from peers import Peer, nncf_openvino, quiet, static  # noqa: E402
+from peers import Peer, nncf_openvino, static  # noqa: E402
 
 import whet  # noqa: E402
 from whet.numerics.statistics import bootstrap, ratio_of_medians, sqnr_db  # noqa: E402
@@ -37,6 +37,7 @@ from whet.runtimes.latency import alternate  # noqa: E402
 from whet.runtimes.sessions import Session, open_session, parts  # noqa: E402
 from whet.specs import TARGETS  # noqa: E402
 from whet.torch import export  # noqa: E402
+from whet.torch.program import quietly  # noqa: E402
 
 CALIBRATION, BATCH = 512, 64
 REPEATS, ROUNDS = 4, 6
@@ -87,7 +88,7 @@ def table(name: str, folder: Path, case: Case) -> None:
     made, took = whet_file(name, files["whet"], case)
     start = time.process_time()
     if name in PEERS:
-        with quiet():
+        with quietly():
             PEERS[name](files["float"], case.batches, files["peer"])
     peer_seconds = time.process_time() - start
     sessions = {kind: open_session(path, threads=1) for kind, path in files.items() if path.exists()}

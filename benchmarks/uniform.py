@@ -20,12 +20,13 @@ import numpy as np
 import tables
 import torch
 from cifar import images, resnet20
-from peers import PEERS, quiet
+from peers import PEERS
 
 import whet
 from whet.runtimes.sessions import open_session, parts
 from whet.specs import GPTQ, MSE, TARGETS, AdaRound, BiasCorrection, Int, Quantize
 from whet.torch import export
+from whet.torch.program import quietly
 
 CALIBRATION, BATCH = 1024, 128
 EDGES = {"conv1": Int(8), "linear": Int(8)}
@@ -98,7 +99,7 @@ class Bench:
     def peer(self, name: str, target: str, work: Any) -> None:
         """A row of a peer's."""
         clock, path = tables.Clock(), self.folder / f"peer{TARGETS[target].suffix}"
-        with quiet():
+        with quietly():
             work(self.plain, self.batches, path)
         self.row(f"W8A8 {name}", target, path, clock.read())
 

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from whet.data import split
-from whet.errors import ModelError, SpecError, require
+from whet.errors import ModelError, require
 from whet.graph.views import Masks
 from whet.specs import Distill, EarlyStopping, Prune, Train
 from whet.specs.training import GroupLasso
-from whet.torch.techniques import Techniques, watch_for
+from whet.torch.techniques import Around, Techniques, watch_for
 
 _pytorch: Any = require("lightning.pytorch", "lightning", "whet.torch.lightning")
 
 
-class WhetCallback(_pytorch.Callback):  # type: ignore[misc]
+class WhetCallback(Around, _pytorch.Callback):  # type: ignore[misc]
     """Prune, distill and stop while `lightning.Trainer` trains a LightningModule that was not written for it.
 
     ```python
@@ -62,7 +62,6 @@ class WhetCallback(_pytorch.Callback):  # type: ignore[misc]
         self._apply, self._network, self._targets, self._steps = tuple(apply), network, targets, steps
         self._given: dict[str, Any] = {"teacher": teacher, "masks": masks, "data": data}
         self._early, self._monitor, self._higher = early_stopping, monitor, higher_is_better
-        self._techniques: Techniques | None = None
         self._state: Mapping[str, Any] | None = None
         self._seen_step = 0
         self._undo: Callable[[], None] | None = None
@@ -127,11 +126,6 @@ class WhetCallback(_pytorch.Callback):  # type: ignore[misc]
 
         self._undo = undo
 
-    def _running(self) -> Techniques:
-        if self._techniques is None:
-            raise SpecError("WhetCallback has nothing to tell before fit() has begun.")
-        return self._techniques
-
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After an optimizer step: hold the masks, and renew them where the schedule says so."""
         if trainer.global_step > self._seen_step:
@@ -181,21 +175,6 @@ class WhetCallback(_pytorch.Callback):  # type: ignore[misc]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The next `fit` goes on from here."""
         self._state = state_dict or None
-
-    @property
-    def masks(self) -> Masks:
-        """The masks by the network's parameter names: 1 where kept."""
-        return {} if self._techniques is None else self._techniques.masks
-
-    @property
-    def sparsity(self) -> float:
-        """The fraction removed now, of the weights that are pruned."""
-        return 0.0 if self._techniques is None else self._techniques.sparsity
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the final sparsity is in force and ranges are observed: only then compare epochs."""
-        return self._techniques is not None and self._techniques.is_done
 
 
 def _labels(batch: Any) -> Any:

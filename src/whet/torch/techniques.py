@@ -250,3 +250,29 @@ def _observed(network: Any) -> int:
     """For how many steps a prepared network observes ranges."""
     found = interceptor_of(network)
     return max((state.observe for state in found.states.values()), default=0) if isinstance(found, Learner) else 0
+
+
+class Around:
+    """What the callbacks for others' trainers have in common: the `Techniques` that run inside, once training has begun."""
+
+    _techniques: Techniques | None = None
+
+    def _running(self) -> Techniques:
+        if self._techniques is None:
+            raise SpecError(f"{type(self).__name__} has nothing to tell before training has begun.")
+        return self._techniques
+
+    @property
+    def masks(self) -> Masks:
+        """The masks by the network's parameter names: 1 where kept."""
+        return {} if self._techniques is None else self._techniques.masks
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction removed now, of the weights that are pruned."""
+        return 0.0 if self._techniques is None else self._techniques.sparsity
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the final sparsity is in force and ranges are observed: only then compare epochs."""
+        return self._techniques is not None and self._techniques.is_done

@@ -15,13 +15,13 @@ from whet.specs import Distill, EarlyStopping, Prune, Train
 from whet.specs.training import GroupLasso
 from whet.torch.distill import IGNORED
 from whet.torch.prune import inside
-from whet.torch.techniques import Techniques, watch_for
+from whet.torch.techniques import Around, Techniques, watch_for
 
 _transformers: Any = require("transformers", "transformers", "whet.torch.transformers")
 STATE_FILE = "whet.pt"
 
 
-class WhetCallback(_transformers.TrainerCallback):  # type: ignore[misc]
+class WhetCallback(Around, _transformers.TrainerCallback):  # type: ignore[misc]
     """Prune, distill and stop while a Hugging Face `Trainer` trains a model that returns its loss.
 
     ```python
@@ -59,7 +59,6 @@ class WhetCallback(_transformers.TrainerCallback):  # type: ignore[misc]
         self._apply = tuple(apply)
         self._given: dict[str, Any] = {"teacher": teacher, "masks": masks, "data": data}
         self._early, self._monitor, self._higher = early_stopping, monitor, higher_is_better
-        self._techniques: Techniques | None = None
         self._hook: Any = None
         self._is_causal = False
         self._state: Mapping[str, Any] | None = None
@@ -124,11 +123,6 @@ class WhetCallback(_transformers.TrainerCallback):  # type: ignore[misc]
         outputs["loss"] = self._techniques.loss(found, scale)
         return outputs
 
-    def _running(self) -> Techniques:
-        if self._techniques is None:
-            raise SpecError("WhetCallback has nothing to tell before train() has begun.")
-        return self._techniques
-
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After an optimizer step: hold the masks, and renew them where the schedule says so."""
         self._running().step()
@@ -163,21 +157,6 @@ class WhetCallback(_transformers.TrainerCallback):  # type: ignore[misc]
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The next `train` goes on from here."""
         self._state = state
-
-    @property
-    def masks(self) -> Masks:
-        """The masks by parameter name: 1 where kept."""
-        return {} if self._techniques is None else self._techniques.masks
-
-    @property
-    def sparsity(self) -> float:
-        """The fraction removed now, of the weights that are pruned."""
-        return 0.0 if self._techniques is None else self._techniques.sparsity
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the final sparsity is in force and ranges are observed: only then compare epochs."""
-        return self._techniques is not None and self._techniques.is_done
 
 
 def _predicts_next(network: Any) -> bool:
