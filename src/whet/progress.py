@@ -1,11 +1,19 @@
-"""Progress on long work: a bar on a terminal, a line every few seconds elsewhere, nothing when switched off."""
+"""Progress on long work: a bar on a terminal, a line every few seconds elsewhere, nothing when switched off; and a log."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from whet.errors import OutputError, SpecError
 
 QUIET_SECONDS = 10.0
 
@@ -23,6 +31,11 @@ class Task:
             self.note = note
         self.show()
 
+    def resume(self, done: int, note: str) -> None:
+        """`done` units were done before this task began: they say nothing about its pace."""
+        self.done, self.note = done, note
+        self.show()
+
     def show(self) -> None:
         """Draw the present state."""
 
@@ -34,11 +47,23 @@ class _Lines(Task):
     def __init__(self, title: str, total: int | None) -> None:
         super().__init__(title, total)
         self.started = self.shown = time.monotonic()
+        self.before = 0
+
+    def resume(self, done: int, note: str) -> None:
+        self.before = done
+        super().resume(done, note)
 
     def show(self) -> None:
         if time.monotonic() - self.shown >= QUIET_SECONDS:
             self.shown = time.monotonic()
-            self._print(f"{self.done}/{self.total}" if self.total else str(self.done))
+            self._print(f"{self.done}/{self.total}{self._left()}" if self.total else str(self.done))
+
+    def _left(self) -> str:
+        """The time left at the pace so far."""
+        if self.done <= self.before or self.total is None:
+            return ""
+        seconds = (self.shown - self.started) / (self.done - self.before) * max(self.total - self.done, 0)
+        return f", {seconds:.0f} s left" if seconds < 120 else f", {seconds / 60:.0f} min left"
 
     def finish(self) -> None:
         self._print(f"{time.monotonic() - self.started:.1f} s")
@@ -63,6 +88,10 @@ class _Bar(Task):
         self.bar.start()
         self.task = self.bar.add_task(title, total=total, note="")
 
+    def resume(self, done: int, note: str) -> None:
+        self.bar.reset(self.task, completed=done)
+        super().resume(done, note)
+
     def show(self) -> None:
         self.bar.update(self.task, completed=self.done, note=self.note)
 
@@ -78,3 +107,56 @@ def task(title: str, total: int | None, *, enabled: bool) -> Iterator[Task]:
         yield made
     finally:
         made.finish()
+
+
+Record = Mapping[str, Any]
+Taker = Callable[[dict[str, Any]], object]  # of a record
+Log = Taker | str | os.PathLike[str] | None
+
+
+def log_to(log: Log) -> Taker | None:
+    """What takes the record of each epoch: `log` where it is a function, or one that appends a row to the file `log`.
+
+    A `.jsonl` file gets a JSON object on each line, a `.csv` file a header with the record's keys, then rows.
+
+    Raises:
+        SpecError: `log` is neither. OutputError: the file cannot be written, or is a table of other columns.
+    """
+    if log is None or callable(log):
+        return log
+    writers = {".jsonl": _json_line, ".csv": _csv_rows}
+    if not isinstance(log, str | os.PathLike) or Path(log).suffix not in writers:
+        raise SpecError(f"log must be a function of one record, or the path of a .jsonl or .csv file, got {log!r}.")
+    path = Path(log)
+    text_of = writers[path.suffix]
+
+    def append(record: Mapping[str, Any]) -> None:
+        _append(path, lambda written: text_of(record, written, path))
+
+    _append(path, lambda written: "")
+    return append
+
+
+def _append(path: Path, text: Callable[[str], str]) -> None:
+    """Write `text`, of the first line that the file has, at its end."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+", encoding="utf-8", newline="") as file:
+            file.seek(0)
+            file.write(text(file.readline()))
+    except (OSError, UnicodeDecodeError) as cause:
+        raise OutputError(f"Cannot write the log {str(path)!r}: {cause}. Choose a file that you may write to.") from cause
+
+
+def _json_line(record: Record, written: str, path: Path) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _csv_rows(record: Record, written: str, path: Path) -> str:
+    """The record's row, below a header where nothing is written yet."""
+    columns = list(record)
+    if written and next(csv.reader([written])) != columns:
+        raise OutputError(f"{str(path)!r} is a table of other columns ({written.strip()}). Name another file as log.")
+    made = io.StringIO()
+    csv.writer(made, lineterminator="\n").writerows([list(record.values())] if written else [columns, list(record.values())])
+    return made.getvalue()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
 
 import whet.progress
-from whet.errors import MissingExtraError, require
-from whet.progress import task
+from whet.errors import MissingExtraError, OutputError, SpecError, require
+from whet.progress import log_to, task
 
 
 def test_silent_when_switched_off(capsys) -> None:
@@ -22,7 +23,46 @@ def test_lines_in_a_log(capsys, monkeypatch) -> None:
     with task("train", 4, enabled=True) as made:
         made.advance(2, note="loss [0.5]")
     out, err = capsys.readouterr()
-    assert out == "" and err.splitlines()[0] == "train: 2/4, loss [0.5]" and err.splitlines()[1].endswith(" s, loss [0.5]")
+    first, last = err.splitlines()
+    assert out == "" and first == "train: 2/4, 0 s left, loss [0.5]" and last.endswith(" s, loss [0.5]")
+
+
+def test_lines_tell_the_time_left_at_the_pace_since_the_task_began(capsys, monkeypatch) -> None:
+    clock = iter([0.0, 20.0, 20.0, 40.0, 40.0, 400.0, 400.0, 420.0])
+    monkeypatch.setattr(whet.progress.time, "monotonic", lambda: next(clock))
+    with task("train", 100, enabled=True) as made:
+        made.resume(50, "after epoch 5")  # what was done before says nothing
+        made.advance(10)
+        made.advance(10)
+    assert capsys.readouterr().err.splitlines() == [
+        "train: 50/100, after epoch 5",
+        "train: 60/100, 3 min left, after epoch 5",
+        "train: 70/100, 10 min left, after epoch 5",
+        "train: 420.0 s, after epoch 5",
+    ]
+
+
+RECORDS = [{"epoch": 1, "loss": 0.5, "metric": None}, {"epoch": 2, "loss": 0.25, "metric": 0.75}]
+
+
+def test_records_are_appended_to_json_lines_and_to_a_table(tmp_path) -> None:
+    for record in RECORDS:
+        log_to(tmp_path / "new" / "log.jsonl")(record)
+        log_to(str(tmp_path / "log.csv"))(record)
+    assert [json.loads(line) for line in (tmp_path / "new" / "log.jsonl").read_text().splitlines()] == RECORDS
+    assert (tmp_path / "log.csv").read_text() == "epoch,loss,metric\n1,0.5,\n2,0.25,0.75\n"
+    assert log_to(None) is None and log_to(print) is print
+
+
+def test_a_log_that_cannot_be_written_is_named_before_training(tmp_path) -> None:
+    with pytest.raises(SpecError, match=r"log must be a function .*, or the path of a \.jsonl or \.csv file, got 'a\.txt'"):
+        log_to("a.txt")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="Cannot write the log"):
+        log_to(tmp_path / "file" / "log.csv")
+    (tmp_path / "log.csv").write_text("other,columns\n")
+    with pytest.raises(OutputError, match="a table of other columns"):
+        log_to(tmp_path / "log.csv")(RECORDS[0])
 
 
 def test_few_lines_by_default(capsys) -> None:

@@ -284,7 +284,9 @@ def test_a_train_step_reports_its_history(b):
     train = data["steps"][0]["train"]
     assert set(train) == {"history", "stop", "metric", "notes"}
     assert [row["epoch"] for row in train["history"]] == [1, 2, 3]
-    assert all(set(row) == {"epoch", "loss", "metric", "sparsity", "learning_rate", "eligible"} for row in train["history"])
+    assert all(
+        set(row) == {"epoch", "loss", "metric", "sparsity", "learning_rate", "eligible", "phase"} for row in train["history"]
+    )
     assert train["history"][-1]["sparsity"] == pytest.approx(0.5) and set(train["stop"]) == {"reason", "best_epoch", "epochs"}
 
 

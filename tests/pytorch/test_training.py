@@ -26,7 +26,7 @@ def test_training_learns_and_is_recorded():
     assert accuracy(side.predict(model, examples()[0]), examples()[1]).mean() > 0.9 > accuracy(before, examples()[1]).mean()
     assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5, 6]
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
-    assert set(history[0]) == {"epoch", "loss", "metric", "sparsity", "learning_rate", "eligible"}
+    assert set(history[0]) == {"epoch", "loss", "metric", "sparsity", "learning_rate", "eligible", "phase"}
     rates = [row["learning_rate"] for row in history]
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] == pytest.approx(0.01 * 0.5 * (1 + math.cos(math.pi * 17 / 18)))
@@ -108,6 +108,7 @@ def test_a_ramp_rises_to_exactly_its_end_and_masks_hold_at_every_step(allocation
     sparsity = [row["sparsity"] for row in step.train["history"]]
     assert sparsity == sorted(sparsity) and sparsity[-1] == pytest.approx(0.75)
     assert [row["eligible"] for row in step.train["history"]] == [False, False, False, True, True, True]
+    assert [row["phase"] for row in step.train["history"]] == ["pruning ramp"] * 3 + ["recovery"] * 3
     assert step.train["stop"]["best_epoch"] >= 4
     if not allocation:
         assert {row["name"]: row["sparsity"] for row in step.changed} == {"conv.weight": 0.75, "head.weight": 0.75}
@@ -316,6 +317,6 @@ def test_a_length_that_is_not_true_is_named():
 def test_progress_names_epoch_loss_metric_and_sparsity(capsys):
     run_training(small(), Train(epochs=3, apply=[Prune(0.5)]), progress=True)
     shown = capsys.readouterr().err
-    assert "Training" in shown and "epoch 3/3, loss" in shown and "sparsity 0.50" in shown
+    assert "Training" in shown and "epoch 3/3, recovery, loss" in shown and "sparsity 0.50" in shown
     run_training(small(), Train(epochs=1))
     assert capsys.readouterr().err == ""

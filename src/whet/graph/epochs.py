@@ -23,7 +23,7 @@ from whet.numerics.metrics import default_metric
 from whet.numerics.schedules import Ramp, lay
 from whet.numerics.scoring import mean_score
 from whet.numerics.stopping import Decision, StoppingState, update
-from whet.progress import Task, task
+from whet.progress import Taker, Task, task
 from whet.records import Step
 from whet.specs import Metric, Train, to_dict
 
@@ -37,6 +37,7 @@ class TrainingRun:
     Without `val` (or without targets in it) the loss on train decides which epoch is best. teacher: the model that `Distill`
     learns from. masks: of earlier prunings, held. device: None: where the model is. No epoch is best that ends before
     `settled` steps. checkpoint: a file that is written after every epoch; where it exists the training goes on from it.
+    log: is called with the record of every epoch, in the process that writes.
     """
 
     train: Batches
@@ -49,6 +50,7 @@ class TrainingRun:
     progress: bool = True
     settled: int = 0
     checkpoint: Path | None = None
+    log: Taker | None = None
 
     def ramp(self, spec: Train) -> Ramp | None:
         """The schedule of what `spec` prunes, laid on all steps; None where it does not prune.
@@ -209,12 +211,17 @@ class Epochs(ABC):
     def _next(self, at: Standing, shown: Task) -> None:
         """One epoch, and what it is worth."""
         at.epoch += 1
+        began = time.perf_counter()
         loss = self._epoch(self.given.train.shuffled(self.given.seed + at.epoch - 1), at.epoch, shown)
         value = self.judge.value(loss)
         at.stopping, at.decision = self._decide(at.stopping, value)
-        self._record(at.epoch, loss, value, shown)
+        self._record(at.epoch, loss, value)
+        shown.advance(0, self._seen(at.epoch, loss))
         if at.decision.is_best:
             at.best = self.snapshot()
+        if self.given.log is not None and self.writes:
+            told = {"metric_name": self.judge.name, "best": at.decision.is_best, "seconds": time.perf_counter() - began}
+            self.given.log(self.history[-1] | told)
 
     def _checkpoint(self) -> Checkpoint | None:
         """The file of this training, which knows it by what it began with."""
@@ -259,7 +266,7 @@ class Epochs(ABC):
         self.load(found["side"])
         set_random_state(found["random"])
         self.notes.append(f"continued from the checkpoint after epoch {at.epoch}")
-        shown.advance(self.step, f"continued after epoch {at.epoch}")
+        shown.resume(self.step, f"continued after epoch {at.epoch}")
 
     def _decide(self, state: StoppingState, value: float) -> tuple[StoppingState, Decision]:
         higher = self.judge.higher_is_better
@@ -268,6 +275,12 @@ class Epochs(ABC):
     def _is_eligible(self) -> bool:
         """Whether a step was taken at the final sparsity, and with ranges that no longer change."""
         return self.step >= self.given.settled and (self.ramp is None or self.ramp.is_done(self.step - 1))
+
+    def _phase(self, step: int) -> str:
+        """What training is at before `step`."""
+        if step < self.given.settled:
+            return "observing ranges"
+        return "training" if self.ramp is None else self.ramp.phase(step)
 
     def _epoch(self, batches: Iterator[tuple[Any, Any]], epoch: int, shown: Task) -> float:
         """The mean loss over the batches of one epoch."""
@@ -292,15 +305,16 @@ class Epochs(ABC):
     def _seen(self, epoch: int, loss: float | None) -> str:
         """The line beside the progress bar."""
         last = self.history[-1] if self.history else {}
-        line = f"epoch {epoch}/{self.spec.epochs}"
+        line = f"epoch {epoch}/{self.spec.epochs}, {self._phase(max(self.step - 1, 0))}"
         line += "" if loss is None else f", loss {loss:.3g}"
-        line += f", metric {last['metric']:.4g}" if last.get("metric") is not None else ""
+        line += f", {self.judge.name} {last['metric']:.4g}" if last.get("metric") is not None else ""
         return line + (f", sparsity {self.masker.sparsity:.2f}" if self.masker.sparsity else "")
 
-    def _record(self, epoch: int, loss: float, value: float, shown: Task) -> None:
+    def _record(self, epoch: int, loss: float, value: float) -> None:
         self.history.append(
             {
                 "epoch": epoch,
+                "phase": self._phase(self.step - 1),
                 "loss": loss,
                 "metric": value if self.judge.is_scored and math.isfinite(value) else None,
                 "sparsity": self.masker.sparsity,
@@ -308,7 +322,6 @@ class Epochs(ABC):
                 "eligible": self._is_eligible(),
             }
         )
-        shown.advance(0, self._seen(epoch, loss))
 
     def _diverged(self, loss: float, where: str) -> str:
         return (

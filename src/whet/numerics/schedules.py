@@ -50,6 +50,14 @@ class Ramp:
         """Whether the final sparsity is in force from `step` on, and masks no longer move."""
         return step >= self.end or isinstance(self.spec.schedule, OneShot)
 
+    def phase(self, step: int) -> str:
+        """What training is at before `step`: "warm-up", "pruning ramp" (of RigL "moving masks"), then "recovery"."""
+        if self.is_done(step):
+            return "recovery"
+        if isinstance(self.spec.schedule, RigL):
+            return "moving masks"
+        return "warm-up" if step < self.begin else "pruning ramp"
+
 
 def ramp(schedule: Ramped, final: float, progress: float) -> float:
     """The sparsity after the fraction `progress` of the ramp; the formula of each is in its spec's docstring."""

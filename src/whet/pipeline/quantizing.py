@@ -18,6 +18,7 @@ from whet.pipeline.accuracy import control
 from whet.pipeline.adaptive import resolve
 from whet.pipeline.compressed import Compressed
 from whet.pipeline.side import Model, side_of
+from whet.progress import Taker
 from whet.records import Step
 from whet.specs import Adaptive, Distill, Int, Metric, Quantize, Target, Train, to_dict
 
@@ -36,6 +37,7 @@ def quantize_step(
     device: str | None = None,
     progress: bool = True,
     checkpoint: Path | None = None,
+    log: Taker | None = None,
 ) -> Step:
     """Quantize the float model of `compressed`, which gets a plan, and train it with that plan where `spec.qat` says so.
 
@@ -69,6 +71,7 @@ def quantize_step(
             device=device,
             progress=progress and spec.max_drop is None,
             checkpoint=_numbered(checkpoint, next(runs)),
+            log=log,
         )
 
     if spec.max_drop is None:
@@ -113,6 +116,7 @@ def _quantized(
     device: str | None,
     progress: bool,
     checkpoint: Path | None,
+    log: Taker | None,
 ) -> Step:
     """*In place*: solve a plan, and train with it where there is `fit`."""
     compressed.plan, step = compressed.side.quantize(
@@ -130,6 +134,7 @@ def _quantized(
         device=device,
         progress=progress,
         checkpoint=checkpoint,
+        log=log,
     )
     compressed.plan, trained = compressed.side.quantize_aware(compressed.float_model, spec, compressed.plan, fit, run)
     rows = {row["name"]: row for row in trained.changed}

@@ -13,10 +13,11 @@ from whet.errors import DataError, SpecError
 from whet.graph.epochs import TrainingRun
 from whet.graph.summary import Summary
 from whet.pipeline.compressed import Compressed, as_metric, outputs_of, plain_model, start
-from whet.pipeline.pruning import groups, prune_step
+from whet.pipeline.pruning import groups, only_removes, prune_step
 from whet.pipeline.quantizing import finish, quantize_step
 from whet.pipeline.side import Model, side_of
 from whet.pipeline.teaching import teachers_of
+from whet.progress import Log, log_to
 from whet.records import Evidence
 from whet.specs import Distill, Int, Metric, Prune, Quantize, Recipe, Target, Train, find_target
 
@@ -34,6 +35,7 @@ def fit(
     device: str | None = None,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
+    log: Log = None,
 ) -> Compressed:
     """Train a copy of `model` as `spec` says, with the techniques in `spec.apply`; the best weights are restored.
 
@@ -43,6 +45,10 @@ def fit(
 
     `checkpoint` names a file that is written after every epoch. Where it exists already the training goes on from it: killed
     at any moment, the same call ends with the same result as if it had not been.
+
+    `log` is a function that is called with a record of every epoch, or a `.jsonl` or `.csv` file to which it is appended: its
+    number, phase ("training", "warm-up", "pruning ramp", "recovery"), loss, metric and the metric's name, sparsity, learning
+    rate, whether it may be and is the best so far, and seconds.
 
     Raises:
         SpecError, DataError, ModelError, MetricError: what is wrong, where, and what is allowed.
@@ -67,6 +73,7 @@ def fit(
         device=device,
         progress=progress,
         checkpoint=None if checkpoint is None else Path(checkpoint),
+        log=log_to(log),
     )
     compressed.masks, step = compressed.side.train(compressed.float_model, spec, run)
     compressed.steps += (step,)
@@ -87,13 +94,14 @@ def prune(
     device: str | None = None,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
+    log: Log = None,
 ) -> Compressed:
     """Set the least important weights of a copy of `model` to zero: at once, or on a schedule while training with `fit`.
 
     `Channel()` and `Head()` remove instead, and the result is checked against the original with what left silenced; they need
     `example` or `train`, and with `fit` the smaller model is trained after. Criteria of gradients take `train` too.
     `Layer()` removes whole layers, `Group(…)` what you name. With `latency=` the file of `target` is timed. `checkpoint` is a
-    file to go on from, as in `fit`.
+    file to go on from, `log` takes a record of every epoch, as in `fit`.
 
     Raises:
         SpecError: a schedule without training, or one that cannot reach its target in the given steps.
@@ -106,13 +114,15 @@ def prune(
         if spec.removes:
             smaller = prune(model, spec, train=train, target=target, example=example, seed=seed, progress=progress)
             options = {"train": train, "val": val, "metric": metric, "seed": seed, "device": device, "progress": progress}
-            options["checkpoint"] = checkpoint
+            options |= {"checkpoint": checkpoint, "log": log}
             return _fit(smaller, fit, teacher=plain_model(model) if fit.distill is not None else None, **options)
         together = replace(fit, apply=(*fit.apply, spec))
-        options = {"example": example, "seed": seed, "device": device, "progress": progress, "checkpoint": checkpoint}
+        options = {"example": example, "seed": seed, "device": device, "progress": progress}
+        options |= {"checkpoint": checkpoint, "log": log}
         return _fit(model, together, train=train, val=val, metric=metric, **options)
     Recipe((spec,))  # refuses a schedule that needs training
-    compressed = start(model, example=example, seed=seed)
+    borrowed = only_removes(spec)
+    compressed = start(model, example=example, seed=seed, borrow=borrowed)
     data = None if train is None else Batches(train, "train")
     if data is not None:
         _see(compressed, data)
@@ -120,6 +130,8 @@ def prune(
         compressed.example, _ = Batches([compressed.example], "example").first()
     rules = find_target(target, compressed.side.FRAMEWORK)
     compressed.steps += (prune_step(compressed, spec, data, rules, progress=progress),)
+    if borrowed:
+        compressed.side.own(compressed.float_model, model.float_model if isinstance(model, Compressed) else model)
     return compressed
 
 
@@ -140,13 +152,14 @@ def distill(
     device: str | None = None,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
+    log: Log = None,
 ) -> Compressed:
     """Train a copy of `student` as `fit` says, with `teacher`'s outputs as further targets. The teacher is untouched.
 
     `teacher` is a model, a `Compressed`, `whet.StoredOutputs` (of any framework or an exported file), or a list of them, which
     `Distill(teachers=…)` makes one; True is the student as it comes.
 
-    `checkpoint` is a file to go on from, as in `fit`.
+    `checkpoint` is a file to go on from, `log` takes a record of every epoch, as in `fit`.
 
     Raises:
         SpecError, DataError, ModelError: a softmaxed teacher, other classes than the student's, missing data.
@@ -154,7 +167,7 @@ def distill(
     expect("spec", spec, Distill)
     expect("fit", fit, Train)
     together = replace(fit, apply=(*fit.apply, spec))
-    options = {"example": example, "seed": seed, "device": device, "progress": progress, "checkpoint": checkpoint}
+    options = {"example": example, "seed": seed, "device": device, "progress": progress, "checkpoint": checkpoint, "log": log}
     return _fit(student, together, train=train, val=val, metric=metric, teacher=teacher, **options)
 
 
@@ -173,12 +186,13 @@ def quantize(
     device: str | None = None,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
+    log: Log = None,
 ) -> Compressed:
     """Quantize a copy of `model` after training, as `target` places it. `calibration` is representative, unlabelled data.
 
     With `Quantize(qat=QAT(…))` the quantized model is then trained on `train`: epochs and learning rate are QAT's, loss, decay,
     early stopping and distillation `fit`'s; the best epoch on `val` is kept. With `teacher=True` the given model teaches.
-    `checkpoint` is a file to go on from, as in `fit`.
+    `checkpoint` is a file to go on from, `log` takes a record of every epoch, as in `fit`.
 
     The result's `model` simulates the integers in float; `export` writes them.
 
@@ -216,6 +230,7 @@ def quantize(
         device=device,
         progress=progress,
         checkpoint=None if checkpoint is None else Path(checkpoint),
+        log=log_to(log),
     )
     compressed.steps += (step,)
     return compressed
