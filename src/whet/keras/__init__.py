@@ -3,6 +3,7 @@
 from whet.keras.blocks import blocks
 from whet.keras.callbacks import DistillationCallback, EarlyStoppingCallback, PruningCallback
 from whet.keras.convert import convert
+from whet.keras.distiller import Distiller
 from whet.keras.export import export
 from whet.keras.features import with_features
 from whet.keras.groups import groups
@@ -24,7 +25,7 @@ from whet.keras.qat import finish, prepare, quantize_aware
 from whet.keras.quantize import FakeQuantize, simulate
 from whet.keras.regularizers import GroupLassoRegularizer, group_lasso
 from whet.keras.removable import kept, removable, timed_layers
-from whet.keras.removal import remove
+from whet.keras.removal import borrow, own, remove
 from whet.keras.store import load_model, save_model
 from whet.keras.training import train
 from whet.keras.variants import variants
@@ -34,6 +35,7 @@ FRAMEWORK = "keras"
 __all__ = [
     "FRAMEWORK",
     "DistillationCallback",
+    "Distiller",
     "EarlyStoppingCallback",
     "FakeQuantize",
     "GroupLassoRegularizer",
@@ -42,6 +44,7 @@ __all__ = [
     "adopt",
     "binary_soft_targets",
     "blocks",
+    "borrow",
     "convert",
     "copy",
     "dist",
@@ -56,6 +59,7 @@ __all__ = [
     "layer_loss",
     "load_model",
     "logits_mse",
+    "own",
     "predict",
     "prepare",
     "prune",

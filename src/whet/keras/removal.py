@@ -24,6 +24,15 @@ from whet.records import Step
 from whet.specs import Prune, to_dict
 
 
+def borrow(model: Any) -> Any:
+    """What `remove` may be given without a copy of `model` being made first: `model` itself, since it makes its own."""
+    return model
+
+
+def own(model: Any, lender: Any) -> None:
+    """Nothing: what `remove` gives shares no weight with `lender`."""
+
+
 def remove(
     model: Any, spec: Prune, *, example: Any, masks: Masks | None = None, data: Batches | None = None, optimizer: Any = None
 ) -> tuple[Any, Masks, Step]:

@@ -163,8 +163,10 @@ def placement_record(plan: Plan | None) -> dict[str, Any] | None:
     }
 
 
-def start(model: Any, *, example: Any = None, seed: int = 0) -> Compressed:
+def start(model: Any, *, example: Any = None, seed: int = 0, borrow: bool = False) -> Compressed:
     """A Compressed that holds its own copy of `model`, which may be a Compressed too.
+
+    borrow: the copy may share weights with the model until `side.own`, for a removal and nothing else.
 
     Raises:
         ModelError: the model cannot be compressed, or was quantized before.
@@ -176,11 +178,11 @@ def start(model: Any, *, example: Any = None, seed: int = 0) -> Compressed:
                 "Put quantize last, or start again from the float model."
             )
         kept = model.example if example is None else example
-        copied = model.side.copy(model.float_model)
+        copied = (model.side.borrow if borrow else model.side.copy)(model.float_model)
         return Compressed(model.side, copied, kept, None, dict(model.masks), model.steps, seed)
     side = side_of(model)
     side.validate(model)
-    copied = side.copy(model)
+    copied = (side.borrow if borrow else side.copy)(model)
     return Compressed(side, copied, example, masks=side.adopt(copied), seed=seed)
 
 

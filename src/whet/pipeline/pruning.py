@@ -37,6 +37,12 @@ def prune_step(
     return replace(step, control={**(step.control or {}), "expected": told})
 
 
+def only_removes(spec: Prune) -> bool:
+    """Whether `prune_step` is the side's `remove` and nothing else, which leaves the model that it is given as it is."""
+    measured = isinstance(spec.allocation, BySensitivity) or spec.latency is not None
+    return spec.removes and not measured and not isinstance(spec.granularity, Layer)
+
+
 def _pruned(compressed: Compressed, spec: Prune, data: Batches | None, target: Target | None, progress: bool) -> Step:
     by_sensitivity = isinstance(spec.allocation, BySensitivity)
     if compressed.example is None and (by_sensitivity or spec.removes):

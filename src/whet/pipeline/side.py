@@ -39,6 +39,12 @@ class Side(Protocol):
     def copy(self, model: Model) -> Model:
         """An independent copy: training it never changes the original."""
 
+    def borrow(self, model: Model) -> Model:
+        """What `remove` may be given in place of a copy. It may share weights with `model`, which stay as they are."""
+
+    def own(self, model: Model, lender: Model) -> None:
+        """*In place*: give `model`, which was removed from what `lender` lent, memory of its own."""
+
     def adopt(self, model: Model) -> Masks:
         """*In place*: make masks that another tool has put on `model` ours, and give them; none where there are none."""
 

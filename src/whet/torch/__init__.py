@@ -1,6 +1,7 @@
 """The PyTorch side: the verbs of `whet.pipeline.side.Side`, and pieces for your own training loop."""
 
 from whet.torch.blocks import blocks
+from whet.torch.borrowing import borrow, own
 from whet.torch.convert import convert
 from whet.torch.export import export
 from whet.torch.groups import groups
@@ -38,6 +39,7 @@ __all__ = [
     "adopt",
     "binary_soft_targets",
     "blocks",
+    "borrow",
     "convert",
     "copy",
     "dist",
@@ -53,6 +55,7 @@ __all__ = [
     "layer_loss",
     "load_model",
     "logits_mse",
+    "own",
     "predict",
     "prepare",
     "prune",

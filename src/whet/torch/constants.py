@@ -74,9 +74,8 @@ class Reader:
 
 def put_back(found: Constants) -> None:
     """Put the tensors back."""
-    with torch.no_grad():
-        for tensor, values in reversed(found.before):
-            tensor.copy_(values)
+    for tensor, values in reversed(found.before):
+        tensor.data = values
 
 
 def fold_constants(model: Any, reading: Reading, gone: Gone) -> Constants:
@@ -145,11 +144,13 @@ def _fold(model: Any, reader: Reader, at: IntArray, values: Any, found: Constant
         found.left.append({**row, "reason": reason})
         return
     tensors = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
-    into, weight = tensors[name].detach(), tensors[reader.weight].detach().double().movedim(reader.role.reads, 0)
-    columns = weight[torch.from_numpy(at).to(weight.device)]
-    columns = columns.reshape(len(at), columns.shape[1], -1).sum(2)  # of a convolution: over its kernel
-    found.before.append((into, into.clone()))
-    into += (sign * (torch.from_numpy(values).to(columns) @ columns)).to(into.dtype)
+    into, weight = tensors[name], tensors[reader.weight].detach()
+    columns = weight.index_select(reader.role.reads, torch.from_numpy(at).to(weight.device)).double()
+    columns = (
+        columns.movedim(reader.role.reads, 0).flatten(2).sum(2) if weight.ndim > 2 else columns.movedim(reader.role.reads, 0)
+    )
+    found.before.append((into, into.data))
+    into.data = into.data + (sign * (torch.from_numpy(values).to(columns) @ columns)).to(into.dtype)
     found.folded.append({**row, "into": name, "borders": "differ" if _pads(reader.node) else "exact"})
 
 

@@ -18,6 +18,7 @@ from whet.graph.cutting import difference
 from whet.graph.groups import Family, Gone
 from whet.graph.ids import IntArray
 from whet.torch.attributes import Change, candidates, own_changes
+from whet.torch.borrowing import Silence, zeroed
 from whet.torch.groups import Reading
 from whet.torch.model import call, device_of, dtype_of, evaluating, to_numpy, to_tensors
 
@@ -68,26 +69,41 @@ class Surgeon:
         """The model's outputs on the example, in inference mode."""
         return _outputs(self._model, self._inputs)
 
+    def _zeros(self, gone: Gone) -> dict[int, tuple[Any, list[tuple[int, Any]]]]:
+        """The weights that read these groups, by id, and at which positions."""
+        ids, found = self._groups.structure.ids, {}
+        for name, axes in self._groups.held_roots().items():
+            held, zeros = self._groups.structure.held[name], []
+            for d, roots in enumerate(axes):
+                at = np.flatnonzero(gone[roots] & ids.is_contracted(held.value[d]))
+                if len(at):
+                    zeros.append((d, torch.from_numpy(at).to(self._tensor(name).device)))
+            if zeros:
+                found[id(self._tensor(name))] = self._tensor(name), zeros
+        return found
+
     @contextmanager
     def silenced(self, gone: Gone) -> Iterator[None]:
-        """The original with the weights that read these groups at zero."""
-        kept: list[tuple[Any, int, Any, Any]] = []
-        ids = self._groups.structure.ids
-        with torch.no_grad():
-            for name, axes in self._groups.held_roots().items():
-                held = self._groups.structure.held[name]
-                for d, roots in enumerate(axes):
-                    at = np.flatnonzero(gone[roots] & ids.is_contracted(held.value[d]))
-                    if len(at):
-                        tensor = self._tensor(name)
-                        index = torch.from_numpy(at).to(tensor.device)
-                        kept.append((tensor, d, index, tensor.index_select(d, index)))
-                        tensor.index_fill_(d, index, 0.0)
-            try:
-                yield
-            finally:
-                for tensor, d, index, values in reversed(kept):
-                    tensor.index_copy_(d, index, values)
+        """The original with other weights in the place of those that read these groups, zero there."""
+        kept = [(tensor, tensor.data, zeros) for tensor, zeros in self._zeros(gone).values()]
+        try:
+            for tensor, values, zeros in kept:
+                tensor.data = zeroed(values, zeros)
+            yield
+        finally:
+            for tensor, values, _ in kept:
+                tensor.data = values
+
+    def references(self, gone: Gone) -> Iterator[list[Any]]:
+        """The outputs with these groups silenced: as functions get the weights, which needs little memory, and if that is not
+        the same with the weights exchanged, for code that torch's modes do not see or that goes another way under them."""
+        with Silence(self._zeros(gone)):
+            first = self.outputs()
+        yield first
+        with self.silenced(gone):
+            second = self.outputs()
+        if not equal(second, first):
+            yield second
 
     def _tensor(self, name: str) -> Any:
         where, key = self._names[name][0]
@@ -135,14 +151,16 @@ class Surgeon:
 
     def _attempt(self, gone: Gone) -> list[Change] | None:
         """Cut, compare and put back; the attribute changes that make it right, None if none do."""
-        with self.silenced(gone):
-            expected = self.outputs()
         undo = Undo()
-        try:
-            self._cut(gone, undo)
-            return self._fitting(gone, undo, expected)
-        finally:
-            undo.back()
+        for expected in self.references(gone):
+            try:
+                self._cut(gone, undo)
+                changes = self._fitting(gone, undo, expected)
+            finally:
+                undo.back()
+            if changes is not None:
+                return changes
+        return None
 
     def remove(self, gone: Gone) -> list[Change]:
         """Remove these groups for good; the attributes that were changed.
@@ -150,20 +168,19 @@ class Surgeon:
         Raises:
             ModelError: the result is not the original with these groups silenced.
         """
-        with self.silenced(gone):
-            expected = self.outputs()
         undo = Undo()
-        self._cut(gone, undo)
-        changes = self._fitting(gone, undo, expected)
-        if changes is None:
+        for expected in self.references(gone):
+            self._cut(gone, undo)
+            changes = self._fitting(gone, undo, expected)
+            if changes is not None:
+                return changes
             undo.back()
-            raise ModelError(
-                f"Removing these channels does not give the original with them silenced: {self._compare(expected, gone)} "
-                "Name the layers in keep=, or use rebuild='graph'."
-            )
-        return changes
+        raise ModelError(
+            f"Removing these channels does not give the original with them silenced: {self._compare(gone)} "
+            "Name the layers in keep=, or use rebuild='graph'."
+        )
 
-    def _compare(self, expected: list[Any], gone: Gone) -> str:
+    def _compare(self, gone: Gone) -> str:
         touched = set(np.flatnonzero(gone).tolist())
         sites = [f for f in self._groups.families if f.sites and touched.intersection(f.roots.tolist())]
         names = sorted({f"{self._target(n)} in {self._where(n)}" for family in sites for n in family.sites})
