@@ -141,7 +141,10 @@ class Writer:
         """The ONNX model. inputs, outputs: names with tensors of their dtype and (symbolic) shape."""
         helper = self.onnx.helper
         graph = helper.make_graph(
-            self.nodes, "main_graph", [self._info(*item) for item in inputs], [self._info(*item) for item in outputs]
+            self._needed([name for name, _ in outputs]),
+            "main_graph",
+            [self._info(*item) for item in inputs],
+            [self._info(*item) for item in outputs],
         )
         for name, tensor in self.initializers.items():
             proto = graph.initializer.add()
@@ -151,6 +154,15 @@ class Writer:
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)])
         model.ir_version = IR_VERSION
         return model
+
+    def _needed(self, outputs: Sequence[str]) -> list[Any]:
+        """The nodes that `outputs` depend on."""
+        read, kept = set(outputs), []
+        for node in reversed(self.nodes):
+            if read.intersection(node.output):
+                kept.append(node)
+                read.update(node.input)
+        return kept[::-1]
 
     def code(self, dtype: Any) -> int:
         """ONNX's number for a dtype."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from whet.torch import onnx_layers  # noqa: F401  # its import registers rules
+from whet.torch import onnx_layers, onnx_pads  # noqa: F401  # their import registers rules
 from whet.torch.onnx_graph import Node, NoRule, Writer
 from whet.torch.onnx_rules import RULES, given
 

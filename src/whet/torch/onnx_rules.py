@@ -273,20 +273,6 @@ def _cat(writer: Writer, node: Node, a: Given) -> str:
     return writer.add("Concat", [writer.read(item) for item in a.tensors], node.name, axis=a.dim)
 
 
-@rule("constant_pad_nd", "pad")
-def _pad(writer: Writer, node: Node, a: Given) -> str:
-    need(getattr(a, "mode", "constant") == "constant" and is_float(a.self), "padding by other values")
-    need(all(isinstance(size, int) for size in a.pad), "padding by a computed size")
-    rank = a.self.meta["val"].ndim
-    begin, end = [0] * rank, [0] * rank
-    for number in range(len(a.pad) // 2):  # from the last axis on
-        begin[rank - 1 - number], end[rank - 1 - number] = a.pad[2 * number : 2 * number + 2]
-    inputs = [writer.read(a.self), writer.constant(begin + end, np.int64)]
-    if a.value:
-        inputs.append(writer.constant(a.value, np.float32))
-    return writer.add("Pad", inputs, node.name)
-
-
 @rule("slice.Tensor")
 def _slice(writer: Writer, node: Node, a: Given) -> str:
     start, end = 0 if a.start is None else a.start, _EVERYTHING if a.end is None else a.end
