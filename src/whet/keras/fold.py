@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from whet.keras.clone import Call, Layer, Program, Ref, refs, renamed, substituted
-from whet.keras.views import to_numpy
+from whet.keras.views import assign_copy, to_numpy
 
 
 def folded(program: Program) -> Program:
@@ -89,5 +89,5 @@ def _with_bias(layer: Layer, source: Ref) -> Layer:
     config = {**layer.get_config(), "use_bias": True, "bias_initializer": "zeros", "activation": "linear"}
     new = type(layer).from_config(config)
     new.build(source.shape)
-    new.kernel.assign(layer.kernel)
+    assign_copy(new.kernel, layer.kernel)
     return new

@@ -16,7 +16,7 @@ import numpy as np
 
 from whet.errors import DataError, ModelError
 from whet.keras.sizes import Sizes, note, noted, resize
-from whet.keras.views import own_weights, to_numpy, walk
+from whet.keras.views import assign_copy, own_weights, to_numpy, walk
 
 Model = Any
 Layer = Any
@@ -177,7 +177,7 @@ def _transfer_layer(path: str, old: Layer, new: Layer) -> None:
     if shapes[0] != shapes[1]:
         raise ModelError(_unlike(old, f"{path!r} has weights of shapes {shapes[0]}, its copy {shapes[1]}"))
     for source, goal in zip(old_weights, new_weights, strict=True):
-        goal.assign(source)
+        assign_copy(goal, source)
     if isinstance(old, keras.layers.Normalization):
         new.finalize_state()
     if new.name != old.name:  # layers that a custom layer makes for itself are numbered anew in every copy

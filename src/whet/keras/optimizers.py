@@ -57,7 +57,7 @@ def _by_variable(optimizer: Any, count: int) -> dict[str, list[Any]]:
 
 
 def _left(old: Any, slot: Any, axes: Mapping[int, IntArray], kind: str) -> Any:
-    value = to_numpy(old)
+    value = np.array(to_numpy(old))
     if tuple(old.shape) != tuple(slot.shape):
         for axis, positions in axes.items():
             if axis < value.ndim:

@@ -13,7 +13,7 @@ import keras
 
 from whet.keras import fold
 from whet.keras.clone import Call, Layer, Model, Program, Ref, free, names, record, refs
-from whet.keras.views import own_weights
+from whet.keras.views import assign_copy, own_weights
 
 L = keras.layers
 _WEIGHTED: tuple[tuple[type, str], ...] = (
@@ -201,13 +201,13 @@ def _separated(
     pointwise = classes[1](layer.filters, 1, use_bias=layer.use_bias, name=f"{layer.name}_pointwise")
     depthwise.build(source.shape)
     pointwise.build(depthwise.compute_output_shape(source.shape))
-    depthwise.kernel.assign(layer.depthwise_kernel)
-    pointwise.kernel.assign(layer.pointwise_kernel)
+    assign_copy(depthwise.kernel, layer.depthwise_kernel)
+    assign_copy(pointwise.kernel, layer.pointwise_kernel)
     for attribute, new in (("depthwise_kernel", depthwise), ("pointwise_kernel", pointwise)):
         old = program.kernels[f"{path}/{attribute}"]
         program.kernels[old.name] = replace(old, variable=_kernel(new))
     if layer.use_bias:
-        pointwise.bias.assign(layer.bias)
+        assign_copy(pointwise.bias, layer.bias)
         program.biases[f"{path}/bias"] = pointwise.bias
     return [("conv", f"{path}/depthwise_kernel", depthwise), ("conv", f"{path}/pointwise_kernel", pointwise)]
 

@@ -51,6 +51,14 @@ def to_numpy(tensor: Any) -> np.ndarray[Any, Any]:
     return np.asarray(keras.ops.convert_to_numpy(tensor))
 
 
+def assign_copy(goal: Any, source: Any) -> None:
+    """*In place*: the variable `goal` gets the values of `source`.
+
+    On JAX `assign` alone would let both share a buffer, which a training step of one takes away from the other.
+    """
+    goal.assign(np.array(to_numpy(source)))
+
+
 def walk(model: Layer) -> Iterator[tuple[str, Layer]]:
     """Every layer below `model` once, with its path, outer before inner, in the order in which models list them."""
     taken: set[str] = set()
