@@ -1,6 +1,5 @@
 """A training that is killed goes on where it was, and ends as if nothing had happened."""
 
-import json
 import os
 import signal
 import subprocess
@@ -19,42 +18,33 @@ from whet.graph.checkpoints import Checkpoint
 from whet.specs import Train
 
 PRUNING = 12  # batches that the first phase trains on
-
-
-def _start(framework, out):
-    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONHASHSEED": "0"}
-    command = [sys.executable, killed_job.__file__, framework, str(out)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def _finished(framework, out):
-    output, errors = _start(framework, out).communicate(timeout=300)
-    lines = output.splitlines()
-    assert lines and lines[-1].startswith("{"), errors[-3000:]
-    return json.loads(lines[-1]), lines.count("batch")
+BATCHES = {"torch": 35, "keras": 36}  # that the whole job reads
 
 
 def _killed(framework, out, batches):
-    """Run and kill -9 after so many batches were read."""
-    process = _start(framework, out)
-    assert len(list(islice((line for line in process.stdout if line == "batch\n"), batches))) == batches
+    """Run in a process of its own and kill -9 that after so many batches were read."""
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONHASHSEED": "0"}
+    command = [sys.executable, killed_job.__file__, framework, str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    told = len(list(islice((line for line in process.stdout if line == "batch\n"), batches)))
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    _, errors = process.communicate()
+    assert told == batches, errors[-3000:]
     assert process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("framework", ["torch", "keras"])
 def test_a_job_killed_in_quantization_aware_training_ends_as_one_that_was_not(framework, tmp_path):
-    whole, batches = _finished(framework, tmp_path / "whole")
-    assert sorted(path.name for path in (tmp_path / "whole").glob("*.safetensors")) == []
-    assert not (tmp_path / "whole" / "checkpoints").exists()
-    _killed(framework, tmp_path / "out", batches - 6)  # in the second epoch of three
+    _killed(framework, tmp_path / "out", BATCHES[framework] - 6)  # in the second epoch of three
     assert [path.name for path in sorted((tmp_path / "out" / "checkpoints").glob("*.safetensors"))] == [
         "recipe-1-step-1.safetensors",
         "recipe-1-step-2.safetensors",
     ]
-    again, rest = _finished(framework, tmp_path / "out")
-    assert rest < batches - PRUNING  # the first phase was not trained again
+    again, rest = killed_job.run(framework, tmp_path / "out")
+    whole, batches = killed_job.run(framework, tmp_path / "whole")
+    assert batches == BATCHES[framework] and rest < batches - PRUNING  # the first phase was not trained again
+    assert sorted(path.name for path in (tmp_path / "whole").glob("*.safetensors")) == []
+    assert not (tmp_path / "whole" / "checkpoints").exists()
     notes = [step.pop("notes") for step in again["steps"]]
     for step in whole["steps"]:
         step.pop("notes")

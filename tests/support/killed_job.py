@@ -8,8 +8,10 @@ import json
 import sys
 
 import numpy as np
+import pytest
 
 import whet
+from bench import convert_in_process, few_runs
 from whet import Cubic, Distill, Features, Movement, Prune, Quantize, SoftTargets, Train
 from whet.specs import QAT, Budget
 
@@ -18,13 +20,14 @@ class Told:
     """Batches that are told one by one when they are read."""
 
     def __init__(self, x, y):
-        self.x, self.y = x, y
+        self.x, self.y, self.told = x, y, 0
 
     def __len__(self):
         return 4
 
     def __iter__(self):
         for start in range(0, len(self.x), 16):
+            self.told += 1
             print("batch", flush=True)
             yield self.x[start : start + 16], self.y[start : start + 16]
 
@@ -46,7 +49,8 @@ def keras_model():
     return keras.Sequential([keras.Input((8,)), *hidden, layers.Dense(2, name="out")])
 
 
-def main(framework, out):
+def run(framework, out):
+    """What the job ends with, and how many batches it read."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(64, 8)).astype(np.float32)
     y = (x[:, 0] * x[:, 1] > 0).astype(np.int64)
@@ -56,9 +60,10 @@ def main(framework, out):
         learning_rate=0.01,
         apply=[Prune(0.5, criterion=Movement(), schedule=Cubic(end=0.6, frequency=1)), Distill(losses)],
     )
+    data = Told(x, y)
     made = whet.compress(
         torch_model() if framework == "torch" else keras_model(),
-        train=Told(x, y),
+        train=data,
         val=(x, y),
         budget=Budget(1.0),
         target="onnxruntime" if framework == "torch" else "litert",
@@ -72,7 +77,16 @@ def main(framework, out):
         "scales": [float(params.scale.sum()) for params in made.plan.values.values()],
         "steps": [{key: step.train[key] for key in ("history", "stop", "notes")} for step in made.steps],
     }
-    print(json.dumps(found))
+    return json.loads(json.dumps(found)), data.told
+
+
+def main(framework, out):
+    """The job in a process of its own, which the tests kill."""
+    with pytest.MonkeyPatch.context() as patch:
+        few_runs(patch)
+        if framework == "keras":
+            convert_in_process(patch)
+        run(framework, out)
 
 
 if __name__ == "__main__":
