@@ -4,14 +4,16 @@
 
 Every row is the mean top-1 of the seeds on the whole test set, with the half-width of its 95 % interval (Student's t over the
 seeds); a gain is paired by seed. No epoch is chosen by test examples. In whole the CIFAR-10 part takes a day of one processor:
-`--epochs`, `--images` and `--seeds` cut it, and the table says so.
+`--epochs`, `--images` and `--seeds` cut it, and the table says so. With `--kept FILE.json` every score is written down when it
+is known, and a run that was cut off goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +26,7 @@ from distillation_models import Encoder, mlp
 from torch import nn
 
 import whet
+from whet.files import replacing
 from whet.specs import DIST, DKD, AttentionMatrices, AttentionRelations, Distill, Features, LogitsMSE, SoftTargets, Train
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, by the number of seeds
@@ -55,6 +58,24 @@ def show(table: tables.Table, scores: Mapping[str, list[float]], against: str, b
         table.add(name, interval(values), f"{interval(gains)} over {other}" if gains else "", reached)
 
 
+class Kept:
+    """Scores by what made them, in a file where one is given."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.known = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
+
+    def once(self, key: str, work: Callable[[], Any]) -> Any:
+        """What `key` is known to give, or what `work()` finds."""
+        if key not in self.known:
+            self.known[key] = work()
+            if self.path is not None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(self.path, overwrite=True) as temporary:
+                    temporary.write_text(json.dumps(self.known, indent=1), encoding="utf-8")
+        return self.known[key]
+
+
 def seeded(build: Any, seed: int) -> Any:
     """`build()` with torch's random numbers drawn from `seed`."""
     torch.manual_seed(seed)
@@ -69,10 +90,10 @@ def run_mnist(given: argparse.Namespace) -> None:
     columns = ("", "top-1, %", "gain, points", "to reach")
     table = tables.Table("distill-mnist", head, columns, "python benchmarks/distillation.py --parts mnist", record=given.record)
     labelled_fit, fit = Train(epochs=epochs, learning_rate=3e-3), Train(epochs=more, learning_rate=5e-3)
-    scores: dict[str, list[float]] = {}
-    for seed in range(given.seeds):
+
+    def trained(seed: int) -> dict[str, float]:
         rows = np.random.default_rng(seed).permutation(len(train[1]))[:2000]
-        labelled = lambda at: data.Shifts(train[0][rows], train[1][rows], 64, at)  # noqa: E731, B023
+        labelled = lambda at: data.Shifts(train[0][rows], train[1][rows], 64, at)  # noqa: E731
         student = seeded(lambda: mlp(784, 32, 10), seed)
         teachers = [
             whet.fit(
@@ -106,8 +127,12 @@ def run_mnist(given: argparse.Namespace) -> None:
             "teacher, 60,000 labels": full,
             "one teacher of 60,000 labels": taught(full),
         }
-        for name, model in found.items():
-            scores.setdefault(name, []).append(top1(model, test))
+        return {name: top1(model, test) for name, model in found.items()}
+
+    scores: dict[str, list[float]] = {}
+    for seed in range(given.seeds):
+        for name, score in given.kept.once(f"mnist, seed {seed}: {labelled_fit}, {fit}", lambda: trained(seed)).items():  # noqa: B023
+            scores.setdefault(name, []).append(score)
         print(f"seed {seed}: " + ", ".join(f"{name} {values[-1]:.2f}" for name, values in scores.items()), flush=True)
     lone, one = "student alone, 2,000 labels", "one teacher of 2,000 labels"
     bars = {one: (lone, 1.0), "two teachers of 2,000 labels": (one, 0.0), "one teacher of 60,000 labels": (lone, 1.0)}
@@ -134,20 +159,25 @@ def run_banking(given: argparse.Namespace) -> None:
         ],
         "value relations, soft targets": [SoftTargets(2.0), AttentionRelations(attention, attention)],
     }
-    fit, scores = Train(epochs=epochs, learning_rate=1e-3, weight_decay=0.01), dict[str, list[float]]()
-    for seed in range(given.seeds):
+    fit = Train(epochs=epochs, learning_rate=1e-3, weight_decay=0.01)
+
+    def trained(seed: int) -> dict[str, float]:
         teacher = seeded(lambda: Encoder(words, width=96, heads=4, layers=4), 100 + seed)
         taught_by = whet.fit(teacher, fit, train=train, seed=seed, progress=False).model
         student = seeded(lambda: Encoder(words, width=48, heads=2, layers=2), seed)
         found = {"teacher, 4 layers": taught_by}
         found["student alone, 2 layers"] = whet.fit(student, fit, train=train, seed=seed, progress=False)
-        print(f"seed {seed}: " + ", ".join(f"{name} {top1(model, test):.2f}" for name, model in found.items()), flush=True)
         for name, losses in variants.items():
             spec = Distill(losses, student_weight=0.1)
             found[name] = whet.distill(student, taught_by, spec, fit=fit, train=train, seed=seed, progress=False)
-            print(f"seed {seed}: {name} {top1(found[name], test):.2f}", flush=True)
-        for name, model in found.items():
-            scores.setdefault(name, []).append(top1(model, test))
+        return {name: top1(model, test) for name, model in found.items()}
+
+    scores: dict[str, list[float]] = {}
+    for seed in range(given.seeds):
+        key = f"banking77 {len(train[1])} questions, seed {seed}: {fit}, {variants}"
+        for name, score in given.kept.once(key, lambda: trained(seed)).items():  # noqa: B023
+            scores.setdefault(name, []).append(score)
+        print(f"seed {seed}: " + ", ".join(f"{name} {values[-1]:.2f}" for name, values in scores.items()), flush=True)
     lone = "student alone, 2 layers"
     show(table, scores, lone, {"attention, hidden states, soft targets": (lone, 1.0)})
 
@@ -177,13 +207,16 @@ def run_cifar(given: argparse.Namespace) -> None:
         for seed in range(given.seeds):
             for name in given.losses or variants:
                 loss = variants[name]
-                student = seeded(lambda: ResNet20(3), seed)
-                train = data.Views(x, y, 128, views, at=seed)
                 apply = [] if loss is None else [Distill([loss], student_weight=0.1)]
-                fit = Train(epochs=epochs, learning_rate=2e-3, weight_decay=5e-4, apply=apply)
-                teacher = None if loss is None else store
-                made = whet.fit(student, fit, train=train, teacher=teacher, seed=seed, progress=False)
-                scores.setdefault(name, []).append(top1(made, test))
+                fit = Train(epochs=epochs, learning_rate=2e-3, weight_decay=5e-4, precision="bfloat16", apply=apply)
+
+                def taught(seed: int = seed, fit: Train = fit, teacher: Any = None if loss is None else store) -> float:
+                    student = seeded(lambda: ResNet20(3), seed).to(memory_format=torch.channels_last)
+                    train = data.Views(x, y, 128, views, at=seed)
+                    return top1(whet.fit(student, fit, train=train, teacher=teacher, seed=seed, progress=False), test)
+
+                score = given.kept.once(f"cifar10 {count} images, seed {seed}: {fit}", taught)
+                scores.setdefault(name, []).append(score)
                 print(f"seed {seed}: {name} {scores[name][-1]:.2f}", flush=True)
     bars = {"soft targets": ("labels alone", 1.0), "DKD": ("soft targets", 0.0), "DIST": ("soft targets", 0.0)}
     show(table, scores, "labels alone", {name: bar for name, bar in bars.items() if bar[0] in scores})
@@ -248,9 +281,11 @@ def main() -> int:
     options.add_argument("--images", type=int, default=50_000, help="of CIFAR-10's training set")
     options.add_argument("--losses", nargs="+", help="of CIFAR-10's variants")
     options.add_argument("--store", help="a folder that keeps ResNet-56's outputs")
+    options.add_argument("--kept", type=Path, help="a JSON file that keeps every score, for a run that is cut off")
     options.add_argument("--threads", type=int, default=1)
     given = options.parse_args()
     torch.set_num_threads(given.threads)
+    given.kept = Kept(given.kept)
     for part in given.parts:
         PARTS[part](given)
     return 0
