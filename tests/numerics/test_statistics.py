@@ -107,6 +107,18 @@ def test_paired_drop_of_other_scores_is_the_bootstrap_of_the_difference() -> Non
     assert paired_drop(before, after, seed=1) != (low, high)
 
 
+def mean_of_each(samples):
+    return samples.mean(1)
+
+
+def test_samples_drawn_at_once_are_those_drawn_one_by_one() -> None:
+    values = np.random.default_rng(8).normal(size=(301, 2))
+    rng = np.random.default_rng(5)
+    drawn = [values[rng.integers(0, 301, 301)] for _ in range(2000)]
+    one_by_one = [np.median(sample[:, 0]) / np.median(sample[:, 1]) for sample in drawn]
+    assert ratio_of_medians(*values.T, seed=5) == tuple(np.quantile(one_by_one, [0.5 - 0.95 / 2, 0.5 + 0.95 / 2]))
+
+
 def test_bootstrap_mean_nears_the_normal_interval() -> None:
     values = np.random.default_rng(2).normal(3.0, 2.0, 2000)
     half = Z * values.std() / math.sqrt(2000)
@@ -119,7 +131,7 @@ def test_bootstrap_mean_nears_the_normal_interval() -> None:
 def test_the_limit_of_the_bootstrap_is_the_bootstrap_of_many(draw) -> None:
     values = getattr(np.random.default_rng(6), draw)(size=4000)
     half = Z * values.std() / math.sqrt(4000)
-    drawn = bootstrap(values, lambda sample: float(np.mean(sample)), resamples=20_000)
+    drawn = bootstrap(values, mean_of_each, resamples=20_000)
     assert bootstrap_limit(values) == pytest.approx(drawn, abs=0.04 * half)
     if draw == "lognormal":  # the skewness counts: a plain normal interval is off by more
         low, high = bootstrap_limit(values)
@@ -139,7 +151,7 @@ def test_bootstrap_covers_at_its_confidence() -> None:
     rng = np.random.default_rng(3)
     hits = [
         low <= 1.0 <= high
-        for low, high in (bootstrap(rng.exponential(1.0, 80), np.mean, resamples=300, seed=i) for i in range(300))
+        for low, high in (bootstrap(rng.exponential(1.0, 80), mean_of_each, resamples=300, seed=i) for i in range(300))
     ]
     assert 0.88 <= np.mean(hits) <= 0.98
 
