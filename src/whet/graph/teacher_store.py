@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +84,14 @@ class StoredOutputs:
 def fingerprints(inputs: Any) -> Keys:
     """64 bits for each example of a batch: two sums `Σ wᵢ·xᵢ mod 2⁶⁴` over its 32-bit words, of each the upper half.
 
-    Each half of two different examples is the same with a probability of 2⁻³² (Dietzfelbinger 1996, multiply-shift).
+    Each half of two different examples is the same with a probability of 2⁻³² (Dietzfelbinger 1996, multiply-shift). A dict
+    is read in the order of its names, and of 64-bit integers the lower half: training loops sort the one and narrow the other.
     """
     words = []
-    for leaf in leaves(inputs):
+    for leaf in leaves({name: inputs[name] for name in sorted(inputs)} if isinstance(inputs, Mapping) else inputs):
         array = np.ascontiguousarray(leaf)
+        if array.dtype in (np.int64, np.uint64):
+            array = array.astype(np.int32)
         raw = array.reshape(len(array), -1).view(np.uint8)
         padded = np.pad(raw, ((0, 0), (0, -raw.shape[1] % 4))) if raw.shape[1] % 4 else raw
         words.append(np.ascontiguousarray(padded).view(np.uint32))

@@ -98,7 +98,13 @@ def notes_of(teachers: Sequence[Any]) -> list[str]:
 
 def padding_of(inputs: Any, rows: tuple[int, ...]) -> npt.NDArray[np.bool_] | None:
     """Which rows (n, length) of the outputs are no padding, as an `attention_mask` or `padding_mask` among the inputs says."""
+    found = mask_among(inputs, rows)
+    return None if found is None else np.asarray(found) != 0
+
+
+def mask_among(inputs: Any, rows: tuple[int | None, ...]) -> Any:
+    """The mask of the rows (n, length) of the outputs among the inputs, as it came; None where there is none of this shape."""
     if not isinstance(inputs, Mapping):
         return None
     found = next((inputs[name] for name in _MASKS if name in inputs), None)
-    return np.asarray(found) != 0 if found is not None and tuple(found.shape) == rows else None
+    return found if found is not None and tuple(found.shape) == rows else None

@@ -10,6 +10,7 @@ import keras
 from whet.data import Batches
 from whet.errors import SpecError
 from whet.graph.views import Masks
+from whet.keras.distiller import student_of
 from whet.keras.fit_callbacks import DistillationCallback, EarlyStoppingCallback
 from whet.keras.prune import Masker
 from whet.numerics.schedules import Ramp, lay
@@ -55,7 +56,7 @@ class PruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._ramp = lay(self._spec, self._steps_laid)
         self._sync()
         masks = self._masker.masks() if self._masker is not None else {}
-        self._masker = Masker(self.model, self._spec, masks, self._data)
+        self._masker = Masker(student_of(self.model), self._spec, masks, self._data)
         self._step, self._renewed = 0, -1
         if state is not None:
             self._masker.restore(state)

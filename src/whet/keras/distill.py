@@ -87,12 +87,20 @@ class Teacher:
         """A model that runs the student and returns what its named layers computed beside its outputs."""
         return Hearing(student, self.losses.heard(STUDENT, attention=False), self.losses.heard(STUDENT, attention=True))
 
-    def outputs(self, inputs: Any, targets: Any = None, classes: int = 0) -> tuple[Any, dict[str, Any]]:
+    @property
+    def is_stored(self) -> bool:
+        """Whether outputs are looked up on the host, which no compiler of accelerators takes."""
+        return any(isinstance(source, StoredOutputs) for source in self._sources)
+
+    def outputs(
+        self, inputs: Any, targets: Any = None, classes: int = 0, *, run: Callable[[Any, Any], Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         """The primary outputs (n, …, classes) for a batch of arrays, and what was heard of the teacher's layers.
 
-        Several teachers' are joined into one by the spec, for a student of `classes`.
+        Several teachers' are joined into one by the spec, for a student of `classes`. run: how a source is run, by default
+        on its own; `run_inside` is for a step that is being compiled.
         """
-        found = [_run(source, inputs) for source in self._sources]
+        found = [(run or _run)(source, inputs) for source in self._sources]
         if self._is_one:
             return found[0]
         logits = [
@@ -153,6 +161,31 @@ def _run(source: Any, inputs: Any) -> tuple[Any, dict[str, Any]]:
         return primary(forward(source, inputs)), {}
     found = forward(source, arrange(source.inner, inputs))
     return primary(found[OUTPUTS]), found[HEARD]
+
+
+def run_inside(source: Any, inputs: Any) -> tuple[Any, dict[str, Any]]:
+    """The outputs of a teacher inside a training step that may be traced, and what was heard of its layers."""
+    if isinstance(source, StoredOutputs):
+        return looked_up(source.outputs, keras.tree.flatten(inputs), source.shape), {}
+    found = source(inputs, training=False)
+    return (primary(found[OUTPUTS]), found[HEARD]) if isinstance(source, Hearing) else (primary(found), {})
+
+
+def looked_up(function: Callable[[Any], Any], arrays: list[Any], shape: tuple[int, ...]) -> Any:
+    """`function(arrays)` as a tensor (n, *shape) of float32, computed on the host in the middle of a compiled step."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        found = tf.numpy_function(lambda *given: function(list(given)), arrays, tf.float32)
+        found.set_shape((arrays[0].shape[0], *shape))
+        return found
+    if backend == "jax":
+        import jax
+
+        wanted = jax.ShapeDtypeStruct((arrays[0].shape[0], *shape), "float32")
+        return jax.pure_callback(lambda *given: function([np.asarray(one) for one in given]), wanted, *arrays)
+    return keras.ops.convert_to_tensor(function([to_numpy(one) for one in arrays]))
 
 
 def _check_logits(loss: Loss, whose: str, outputs: Any, is_softmax: bool) -> None:

@@ -3,69 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import keras
 
-from whet.data import primary
-from whet.errors import ModelError, SpecError
-from whet.graph.teaching import check_teachers
+from whet.errors import ModelError
 from whet.graph.watching import Watch
-from whet.keras.distill import distillation, ends_in_softmax
+from whet.keras.distiller import student_of
+from whet.keras.hearing import listening
+from whet.keras.lessons import Lessons, may_compile, refuse_maps
 from whet.specs import Distill, EarlyStopping
 
 
 class DistillationCallback(keras.callbacks.Callback):  # type: ignore[misc]
-    """A teacher in `model.fit`: the loss becomes `student_weight` times the compiled one and the teacher's.
+    """Teachers in `model.fit`: the loss becomes `student_weight` times the compiled one and the teachers'.
 
     ```python
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     model.fit(x, y, epochs=10, callbacks=[DistillationCallback(Distill([SoftTargets(4.0)]), teacher)])
     ```
-    The teacher runs inside the compiled training step, in inference mode, on what the model is given; it is not changed. `loss`
+    Teachers run inside the compiled training step, in inference mode, on what the model is given; they are not changed. `loss`
     in the logs is the joint one; what validation computes is the compiled loss alone. When training ends the model is as it
-    was. Losses on layers inside (`Features(…)` and the like) train maps of their own: for those use `whet.distill`.
+    was. Losses on layers inside compare what both compute; those that train maps of their own (`CRD`, and `Features` of
+    layers whose channels differ) need `Distiller`.
     """
 
-    def __init__(self, spec: Distill, teacher: Any) -> None:
-        """teacher: a `keras.Model` that takes what the student takes.
+    def __init__(self, spec: Distill, teacher: Any, *, example: Any = None) -> None:
+        """teacher: a `keras.Model` that takes what the student takes, `StoredOutputs`, or a list of them.
 
-        Raises:
-            SpecError: losses on layers inside, or several teachers.
+        example: a batch (inputs, targets) on which they are looked at before they teach, where the model declares no shapes.
         """
         super().__init__()
-        if spec.of_layers or isinstance(teacher, tuple | list):
-            raise SpecError(
-                "DistillationCallback compares the outputs of two models. For losses on layers inside and for several teachers "
-                "use whet.distill(student, teacher, spec, fit=Train(…))."
-            )
-        self._spec, self._teacher = spec, getattr(teacher, "float_model", teacher)
+        self._spec, self._teacher, self._example = spec, teacher, example
         self._is_heard = False
-        self._is_entered = False
+        self._undo: ExitStack | None = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Let the teacher into the loss.
+        """Let the teachers into the loss.
 
         Raises:
-            ModelError: there is no teacher, it shares weights with the student.
+            ModelError: there is no teacher, it shares weights with the student, or it cannot teach.
+            SpecError: a loss trains maps of its own, or an example is needed.
         """
-        model, spec, teacher = self.model, self._spec, self._teacher
-        check_teachers(spec, (teacher,), keras.Model, "a keras.Model", _weights(model), _weights)
         self._leave()
-        own, self._is_heard = model.compute_loss, False
-        softmax = (ends_in_softmax(model), ends_in_softmax(teacher))
+        model, self._is_heard = self.model, False
+        lessons = Lessons(self._spec, self._teacher, model, self._example)
+        refuse_maps(lessons)
+        own, undo = model.compute_loss, ExitStack()
+        heard = undo.enter_context(listening(model, *lessons.heard))
 
         def compute_loss(x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, **options: Any) -> Any:
-            loss = own(x, y, y_pred, sample_weight, **options)
+            loss, found = own(x, y, y_pred, sample_weight, **options), dict(heard)
+            heard.clear()
             if not options.get("training", True):
                 return loss
             self._is_heard = True
-            taught = keras.ops.stop_gradient(primary(teacher(x, training=spec.teacher_training)))
-            extra = distillation(spec, primary(y_pred), taught, y if hasattr(y, "dtype") else None, softmax=softmax)
-            return spec.student_weight * loss + (1 - spec.student_weight) * keras.ops.cast(extra, loss.dtype)
+            return lessons.joint(loss, model.losses, lessons.extra(x, y, y_pred, found, {}))
 
         object.__setattr__(model, "compute_loss", compute_loss)
-        self._is_entered = True
+        undo.callback(object.__delattr__, model, "compute_loss")
+        undo.callback(setattr, model, "train_function", None)
+        if lessons.teacher.is_stored:
+            undo.callback(setattr, model, "jit_compile", model.jit_compile)
+            model.jit_compile = may_compile(model.jit_compile)
+        self._undo = undo
         model.make_train_function(force=True)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -86,10 +88,9 @@ class DistillationCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._leave()
 
     def _leave(self) -> None:
-        if self._is_entered:
-            object.__delattr__(self.model, "compute_loss")
-            self.model.train_function = None
-            self._is_entered = False
+        if self._undo is not None:
+            self._undo.close()
+            self._undo = None
 
 
 class EarlyStoppingCallback(keras.callbacks.Callback):  # type: ignore[misc]
@@ -112,7 +113,7 @@ class EarlyStoppingCallback(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_begin(self, logs: Any = None) -> None:
         """Begin anew, or where a state was taken."""
         self._watch = Watch(self._spec, self._monitor, self._higher)
-        prepared = getattr(self.model, "_whet", None)
+        prepared = getattr(student_of(self.model), "_whet", None)
         self._settled = 0 if prepared is None else max((group.observe for group in prepared.groups.values()), default=0)
         self._steps = 0
         if self._state is not None:
@@ -164,7 +165,3 @@ class EarlyStoppingCallback(keras.callbacks.Callback):  # type: ignore[misc]
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The next `fit` goes on where `state` was taken."""
         self._state = state
-
-
-def _weights(model: Any) -> dict[str, Any]:
-    return {weight.path: weight for weight in model.weights}
