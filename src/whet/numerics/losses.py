@@ -10,6 +10,7 @@ from whet.numerics.namespace import Array, Namespace
 
 _SMALL = 0.25  # below, exp(-d) - 1 + d is summed as a series
 _SERIES = (1 / 2, -1 / 6, 1 / 24, -1 / 120, 1 / 720, -1 / 5040, 1 / 40320, -1 / 362880, 1 / 3628800, -1 / 39916800)
+_EXPONENTIAL = (1.0, 1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040, 1 / 40320)  # of (eˣ - 1) / x
 _NOWHERE = 200.0  # a logit this far below all others has probability e⁻²⁰⁰ at most
 _TINY = 1e-16  # added to squared norms: a constant row correlates with nothing, and its gradient is finite
 
@@ -96,12 +97,13 @@ def dist(
     between two columns (one class over the batch), mean over the classes.
     """
     flat = [xp.reshape(z / temperature, (-1, student.shape[-1])) for z in (xp.stop_gradient(teacher), student)]
-    p, q = (xp.exp(xp.log_softmax(z, axis=-1)) for z in flat)
+    by_row, by_column = zip(*(_probabilities(z, xp) for z in flat), strict=True)
     real = None if real is None else xp.reshape(real, (-1,))
-    between = _uncorrelated(*(z - xp.mean(z, axis=1, keepdims=True) for z in (p, q)), axis=1, xp=xp)
+    between = _uncorrelated(*(z - xp.mean(z, axis=1, keepdims=True) for z in by_row), axis=1, xp=xp)
     inter = mean_of_rows(between, real, xp=xp)
-    within = _uncorrelated(*(_centred_columns(z, real, xp) for z in (p, q)), axis=0, xp=xp)
-    some = None if real is None else xp.max(xp.where(real[:, None], xp.full_like(p, 1.0), xp.full_like(p, 0.0)), axis=0) > 0
+    within = _uncorrelated(*(_centred_columns(z, real, xp) for z in by_column), axis=0, xp=xp)
+    one, none = xp.full_like(by_row[0], 1.0), xp.full_like(by_row[0], 0.0)
+    some = None if real is None else xp.max(xp.where(real[:, None], one, none), axis=0) > 0
     intra = mean_of_rows(within, some, xp=xp)
     return temperature**2 * (beta * inter + gamma * intra)
 
@@ -157,6 +159,23 @@ def _against(logits: Array, others: Array, target: Array, xp: Namespace) -> Arra
     top = xp.stop_gradient(xp.max(others, axis=-1, keepdims=True))
     rest = top + xp.log(xp.sum(xp.exp(others - top), axis=-1, keepdims=True))
     return xp.concatenate([own, rest], axis=-1)
+
+
+def _probabilities(logits: Array, xp: Namespace) -> tuple[Array, Array]:
+    """`softmax(z)` (n, K), to be centred by row and by column; less 1/K where all are nearly that, as at high temperatures.
+
+    There, with `u = z - mean(z)` and `m = eᵘ - 1`, the difference is `(m - mean(m)) / Σ(1 + m)`, which keeps its digits.
+    """
+    u = logits - xp.mean(logits, axis=-1, keepdims=True)
+    is_small = xp.max(xp.abs(u), axis=-1, keepdims=True) < _SMALL
+    x = xp.where(is_small, u, xp.full_like(u, 0.0))  # the branch not taken must have a finite gradient
+    m = xp.full_like(x, _EXPONENTIAL[-1])
+    for coefficient in reversed(_EXPONENTIAL[:-1]):
+        m = m * x + coefficient
+    m = m * x
+    near = (m - xp.mean(m, axis=-1, keepdims=True)) / xp.sum(1.0 + m, axis=-1, keepdims=True)
+    p = xp.exp(xp.log_softmax(logits, axis=-1))
+    return xp.where(is_small, near, p), xp.where(xp.max(xp.abs(u)) < _SMALL, near, p)
 
 
 def _centred_columns(x: Array, real: Array | None, xp: Namespace) -> Array:
