@@ -51,3 +51,19 @@ def test_clipped_gradients_are_those_of_keras_global_clipnorm():
 def test_precision_is_the_models_own():
     with pytest.raises(SpecError, match="set_dtype_policy"):
         whet.fit(network(), Train(epochs=1, precision="bfloat16"), train=batches(16), progress=False)
+
+
+def test_a_step_compiled_by_xla_trains_alike(monkeypatch):
+    asked = []
+    own = keras.Model.compile
+    monkeypatch.setattr(
+        keras.Model, "compile", lambda self, **options: asked.append(options["jit_compile"]) or own(self, **options)
+    )
+    np.testing.assert_allclose(weights(16, compile=True), weights(16), atol=1e-6)
+    assert asked == [True, False]
+
+
+@pytest.mark.parametrize("fields", [{"compile": "inductor"}, {"shard": True}])
+def test_what_is_for_pytorch_models_is_said(fields):
+    with pytest.raises(SpecError, match=r"is for PyTorch models\. Keras models take compile=True \(XLA\)"):
+        whet.fit(network(), Train(epochs=1, **fields), train=batches(16), progress=False)

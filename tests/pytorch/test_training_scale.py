@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from torch import nn
 from torch_parts import batches, examples, run_training, same_state, state_of
 from whet.data import Batches
 from whet.errors import SpecError
-from whet.specs import Train
+from whet.specs import GroupLasso, Prune, RigL, Taylor, Train
+from whet.torch import sharding
 
 JOB = Path(__file__).parents[1] / "support" / "process_job.py"
 SPEC = {"learning_rate": 0.01, "decay": None}
@@ -84,25 +86,72 @@ def test_values_that_are_not_allowed():
             Train(**{field: value})
 
 
-def test_two_processes_give_what_one_gives_and_score_every_row_of_val_once(tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    running = []
-    for count, folder in ((1, tmp_path / "one"), (2, tmp_path / "two")):
-        folder.mkdir()
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """The folder in which one process, two, and two that shard the parameters have trained."""
+    folder, environment, running = tmp_path_factory.mktemp("together"), os.environ | {"OMP_NUM_THREADS": "1"}, []
+    for name, count in (("one", 1), ("two", 2), ("shard", 2)):
+        (folder / name).mkdir()
         for rank in range(count):
-            command = [sys.executable, JOB, str(rank), str(count), str(folder)]
+            command = [sys.executable, JOB, str(rank), str(count), str(folder / name), *(["shard"] if name == "shard" else [])]
             running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     for process in running:
         _, errors = process.communicate(timeout=250)
         assert process.returncode == 0, errors[-2000:]
+    return folder
+
+
+def told(folder, rank):
+    return json.loads((folder / f"told-{rank}.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["two", "shard"])
+def test_processes_together_give_what_one_gives_and_score_every_row_of_val_once(together, name):
     alone, first, second = (
-        np.load(tmp_path / folder / f"weights-{rank}.npz") for folder, rank in (("one", 0), ("two", 0), ("two", 1))
+        np.load(together / f"{folder}/weights-{rank}.npz") for folder, rank in (("one", 0), (name, 0), (name, 1))
     )
-    for name in alone.files:
-        assert np.array_equal(first[name], second[name]), name
-        np.testing.assert_allclose(first[name], alone[name], atol=2e-5, err_msg=name)
-        assert np.array_equal(first[name] == 0, alone[name] == 0), name
-    told = [json.loads((tmp_path / folder / f"told-{rank}.json").read_text()) for folder, rank in (("one", 0), ("two", 1))]
-    assert told[0]["rows"] == told[1]["rows"] and sum(told[0]["rows"]) == 3 * 36
-    for one, other in zip(told[0]["history"], told[1]["history"], strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4) and one["sparsity"] == other["sparsity"]
+    for key in alone.files:
+        assert np.array_equal(first[key], second[key]), key
+        np.testing.assert_allclose(first[key], alone[key], atol=2e-5, err_msg=key)
+        assert np.array_equal(first[key] == 0, alone[key] == 0), key
+    one, other = told(together / "one", 0), told(together / name, 1)
+    rows = 3 * 36 if name == "two" else 2 * 36  # the sharded one was interrupted, and went on
+    assert sum(other["rows"]) == rows and sum(one["rows"]) == 3 * 36
+    for row, its in zip(one["history"], other["history"], strict=True):
+        assert row["loss"] == pytest.approx(its["loss"], rel=1e-4) and row["sparsity"] == its["sparsity"]
+
+
+@pytest.mark.parametrize("name", ["two", "shard"])
+def test_processes_together_train_quantized_weights_as_one_does(together, name):
+    alone, first, second = (
+        np.load(together / f"{folder}/codes-{rank}.npz") for folder, rank in (("one", 0), (name, 0), (name, 1))
+    )
+    for key in alone.files:
+        assert np.array_equal(first[key], second[key]), key
+        assert np.mean(first[key] != alone[key]) < 0.05, key
+
+
+def test_a_sharded_training_goes_on_from_its_checkpoint(together):
+    assert "continued from the checkpoint after epoch 1" in told(together / "shard", 1)["notes"]
+    assert "continued" not in str(told(together / "one", 0)["notes"])
+
+
+def test_a_single_process_has_nobody_to_share_with():
+    with pytest.raises(SpecError, match="divides the parameters among processes, and this is one alone"):
+        trained(list(batches()), epochs=1, shard=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"precision": "float16"}, "Take 'bfloat16'"),
+        ({"compile": "eager"}, "leave one of them out"),
+        ({"apply": GroupLasso()}, "GroupLasso reads whole weights"),
+        ({"apply": Prune(0.5, criterion=Taylor())}, "Taylor asks for gradients or inputs of whole weights"),
+        ({"apply": Prune(0.5, schedule=RigL(frequency=1))}, "RigL asks for"),
+    ],
+)
+def test_what_parts_of_weights_cannot_do_is_said(monkeypatch, fields, said):
+    monkeypatch.setattr(sharding, "Processes", lambda: SimpleNamespace(count=2))
+    with pytest.raises(SpecError, match=said):
+        sharding.check_sharded(Train(shard=True, **fields))

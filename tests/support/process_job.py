@@ -1,4 +1,4 @@
-"""One of several processes that train together: `process_job.py RANK COUNT FOLDER` writes its weights and history."""
+"""One of several processes that train together: `process_job.py RANK COUNT FOLDER [shard]` writes its weights and history."""
 
 import json
 import sys
@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 import whet
-from whet import Cubic, Distill, Features, Prune, SoftTargets, Train
+from whet import QAT, Cubic, Distill, Features, Int, Prune, Quantize, SoftTargets, Train
+from whet.errors import MetricError
 
 
 def examples():
@@ -24,15 +25,17 @@ def network(width, seed):
     return torch.nn.Sequential(torch.nn.Linear(8, width), torch.nn.ReLU(), torch.nn.Linear(width, 2))
 
 
-def run(rank, folder, counts):
-    """Train as the test does, counting the rows of val that are scored."""
+def run(rank, folder, counts, shard=False, last=None):
+    """Train as the test does, counting the rows of val that are scored; until `last` of its batches were."""
 
     def metric(outputs, targets):
+        if last is not None and len(counts) == last:
+            raise ArithmeticError
         counts.append(len(targets))
         return (outputs.argmax(-1) == targets).astype(np.float64)
 
     apply = [Prune(0.5, schedule=Cubic(end=0.5, frequency=1)), Distill([SoftTargets(), Features("0", "0")])]
-    spec = Train(epochs=3, learning_rate=0.01, apply=apply, accumulate=2, clip=0.5)
+    spec = Train(epochs=3, learning_rate=0.01, apply=apply, accumulate=2, clip=0.5, shard=shard)
     return whet.fit(
         network(16, rank),  # every process comes with other weights, and takes the first one's
         spec,
@@ -50,10 +53,26 @@ def main():
     rank, count, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     if count > 1:
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
-    counts = []
-    made = run(rank, folder, counts)
+    counts, shard = [], sys.argv[4:] == ["shard"]
+    if shard:
+        try:
+            run(rank, folder, counts, shard, last=3)
+        except MetricError:
+            counts.clear()
+    made = run(rank, folder, counts, shard)
+    qat = Quantize(Int(4), qat=QAT(epochs=1, learning_rate=1e-3, observe=0.4))
+    trained = whet.quantize(
+        made, qat, calibration=examples()[:2], train=examples(), fit=Train(shard=shard, decay=None), progress=False
+    )
+    codes = {
+        name: trained.plan.encode(name, trained.float_model.get_parameter(name).detach().numpy())
+        for name in trained.plan.weights
+    }
+    np.savez(folder / f"codes-{rank}.npz", **codes)
     np.savez(folder / f"weights-{rank}.npz", **{name: t.numpy() for name, t in made.model.state_dict().items()})
-    (folder / f"told-{rank}.json").write_text(json.dumps({"rows": counts, "history": made.steps[-1].train["history"]}))
+    (folder / f"told-{rank}.json").write_text(
+        json.dumps({"rows": counts, "history": made.steps[-1].train["history"], "notes": made.steps[-1].train["notes"]})
+    )
     if count > 1:
         torch.distributed.destroy_process_group()
 

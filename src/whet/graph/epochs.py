@@ -151,6 +151,10 @@ class Epochs(ABC):
     def load(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
 
+    def join(self) -> None:
+        """An epoch's steps are done: processes that train together have one model to score, its statistics too."""
+        return
+
     def training_mode(self) -> AbstractContextManager[Any]:
         """The state in which the model trains; left when all is done."""
         return nullcontext()
@@ -185,8 +189,10 @@ class Epochs(ABC):
                     self._go_on(checkpoint, at, shown)
                 while at.epoch < self.spec.epochs and not at.decision.stop:
                     self._next(at, shown)
-                    if checkpoint is not None and self.writes:
-                        checkpoint.write(self._standing(at))
+                    if checkpoint is not None:
+                        standing = self._standing(at)  # in all processes: what they share in parts they gather together
+                        if self.writes:
+                            checkpoint.write(standing)
             finally:
                 self.restore(at.best)
                 self.masker.hold()
@@ -205,7 +211,7 @@ class Epochs(ABC):
 
     def rate(self, step: int) -> float:
         """The learning rate of `step`: cosine decay to zero (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5)."""
-        rate = self.spec.learning_rate
+        rate = self.spec.rate
         return rate if self.spec.decay is None else rate * 0.5 * (1 + math.cos(math.pi * min(step / self.steps, 1)))
 
     def _next(self, at: Standing, shown: Task) -> None:
@@ -213,6 +219,7 @@ class Epochs(ABC):
         at.epoch += 1
         began = time.perf_counter()
         loss = self._epoch(self.given.train.shuffled(self.given.seed + at.epoch - 1), at.epoch, shown)
+        self.join()
         value = self.judge.value(loss)
         at.stopping, at.decision = self._decide(at.stopping, value)
         self._record(at.epoch, loss, value)
@@ -325,7 +332,7 @@ class Epochs(ABC):
 
     def _diverged(self, loss: float, where: str) -> str:
         return (
-            f"The loss is {loss} in {where}. Lower Train.learning_rate (now {self.spec.learning_rate:g}), and check loss and "
+            f"The loss is {loss} in {where}. Lower Train.learning_rate (now {self.spec.rate:g}), and check loss and "
             f"targets.{self.hint()} The weights are back at the best epoch before, or else where they began."
         )
 

@@ -43,6 +43,9 @@ def train(model: Any, spec: Train, run: TrainingRun) -> tuple[Masks, Step]:
             f"Train.precision={spec.precision!r} is PyTorch's autocast. A Keras model computes as its layers' dtype "
             "policies say: build it under keras.config.set_dtype_policy('mixed_bfloat16'), and leave precision out."
         )
+    if spec.shard or isinstance(spec.compile, str):
+        field = f"compile={spec.compile!r}, a backend of torch.compile," if isinstance(spec.compile, str) else "shard=True"
+        raise SpecError(f"Train({field}) is for PyTorch models. Keras models take compile=True (XLA), and keras.distribution.")
     ramp = run.ramp(spec)
     penalty = contextlib.nullcontext() if spec.group_lasso is None else group_lasso(model, spec.group_lasso.strength)
     with seeded(model, run.seed), on_device(run.device), penalty:
@@ -115,15 +118,15 @@ class _Loop(Epochs):
         self.model, self.objective = model, objective
         if not model.trainable_weights:
             raise ModelError("No weight is trainable: there is nothing to train. Set layer.trainable = True, or use prune().")
-        self.trainer = _Student(model, objective, spec.learning_rate)
-        # Compiled by XLA only where Keras needs it to be fast: on CPU, compiling takes longer than it saves.
-        jit = "auto" if keras.backend.backend() == "jax" else False
+        self.trainer = _Student(model, objective, spec.rate)
+        # Compiled by XLA only where Keras needs it to be fast, or where it is asked for: on CPU, compiling takes long.
+        jit = spec.compile or ("auto" if keras.backend.backend() == "jax" else False)
         self.trainer.compile(optimizer=self._optimizer(), jit_compile=jit, auto_scale_loss=False)
 
     def _optimizer(self) -> Any:
-        rate: Any = self.spec.learning_rate
+        rate: Any = self.spec.rate
         if self.spec.decay is not None:  # Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5, without restarts
-            rate = keras.optimizers.schedules.CosineDecay(self.spec.learning_rate, self.steps)  # counts batches
+            rate = keras.optimizers.schedules.CosineDecay(self.spec.rate, self.steps)  # counts batches
         options: dict[str, Any] = {"global_clipnorm": self.spec.clip}
         if self.spec.accumulate > 1:
             options["gradient_accumulation_steps"] = self.spec.accumulate

@@ -11,6 +11,8 @@ from whet.specs.base import check_integer, check_number, check_type, spec
 from whet.specs.distillation import Distill
 from whet.specs.pruning import Prune
 
+FIND = "find"  # a learning rate that is to be found
+
 
 @spec
 @dataclass(frozen=True, slots=True)
@@ -69,11 +71,16 @@ class Train:
     all gradients together, to which they are scaled down (Pascanu et al. 2013, arXiv:1211.5063, alg. 1). precision: "bfloat16"
     or "float16" runs the forward pass in it where that is safe (PyTorch's autocast, with a scaled loss for float16); Keras
     models say so themselves, by their dtype policy.
+
+    learning_rate: "find" asks `whet.learning_rate` first. compile: the forward passes of model and teacher by `torch.compile`,
+    with the backend of that name, or inductor for True; in Keras True compiles the step by XLA. shard: where processes of
+    torch.distributed train together, each keeps a part of the parameters, of the gradients and of Adam's moments (FSDP:
+    Rajbhandari et al. 2020, arXiv:1910.02054, section 5.3).
     """
 
     _: KW_ONLY
     epochs: int = 10
-    learning_rate: float = 1e-3
+    learning_rate: float | str = 1e-3
     weight_decay: float = 0.0
     decay: str | None = "cosine"
     loss: Callable[..., Any] | None = None
@@ -82,6 +89,8 @@ class Train:
     accumulate: int = 1
     clip: float | None = None
     precision: str | None = None
+    compile: bool | str = False
+    shard: bool = False
 
     def __post_init__(self) -> None:
         check_integer("Train.epochs", self.epochs, low=1)
@@ -90,7 +99,10 @@ class Train:
             check_number("Train.clip", self.clip, low=0, high=1e12, open_low=True)
         if self.precision not in ("bfloat16", "float16", None):
             raise SpecError(f"Train.precision must be 'bfloat16', 'float16' or None, got {self.precision!r}.")
-        check_number("Train.learning_rate", self.learning_rate, low=0, high=1e3, open_low=True)
+        if self.learning_rate != FIND:
+            check_number("Train.learning_rate", self.learning_rate, low=0, high=1e3, open_low=True)
+        check_type("Train.compile", self.compile, bool, str)
+        check_type("Train.shard", self.shard, bool)
         check_number("Train.weight_decay", self.weight_decay, low=0, high=1e3)
         if self.decay not in ("cosine", None):
             raise SpecError(f"Train.decay must be 'cosine' or None, got {self.decay!r}.")
@@ -106,6 +118,20 @@ class Train:
                     f"Train.apply takes at most one {kind.__name__}, got {sum(isinstance(i, kind) for i in applied)}."
                 )
         object.__setattr__(self, "apply", applied)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate as a number.
+
+        Raises:
+            SpecError: it is to be found yet.
+        """
+        if isinstance(self.learning_rate, str):
+            raise SpecError(
+                "Train(learning_rate='find') is found by whet.fit, distill, prune and compress; here give a number, such as "
+                "whet.learning_rate(model, train=…).suggestion."
+            )
+        return self.learning_rate
 
     @property
     def prune(self) -> Prune | None:

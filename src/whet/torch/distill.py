@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -38,11 +38,13 @@ def look_like_probabilities(outputs: Any) -> bool:
 
 
 @contextmanager
-def teaching(spec: Distill | None, teacher: Any, student: Any, device: Any) -> Iterator[Teacher | None]:
+def teaching(
+    spec: Distill | None, teacher: Any, student: Any, device: Any, compiled: Callable[[Any], Any] | None = None
+) -> Iterator[Teacher | None]:
     """The teacher of `spec`, a model, `StoredOutputs` or a tuple of them, on `device` in the block; None without a spec.
 
     A teacher handed in is never moved or changed: on another device, and in training mode, a copy of it teaches, and every
-    module's mode comes back afterwards.
+    module's mode comes back afterwards. compiled: what compiles a model, where teachers are to be.
 
     Raises:
         ModelError: there is no teacher, it shares weights with the student, or several are to be heard inside.
@@ -59,6 +61,8 @@ def teaching(spec: Distill | None, teacher: Any, student: Any, device: Any) -> I
             stack.enter_context(evaluating(model))
             model.train(spec.teacher_training)
         listener = stack.enter_context(listening(spec, student, live[0] if live else None))
+        if compiled is not None:
+            models = [compiled(one) if isinstance(one, torch.nn.Module) else one for one in models]
         yield Teacher(spec, models, device, listener)
 
 

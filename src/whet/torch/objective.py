@@ -21,13 +21,13 @@ class Objective:
         self._spec, self._teacher, self._device, self._dtype = spec, teacher, device, dtype
         self._is_checked = False
 
-    def __call__(self, model: Any, inputs: Any, targets: Any) -> Any:
-        """The scalar loss on one batch of arrays, with its history.
+    def __call__(self, model: Any, inputs: Any, targets: Any, forward: Any = None) -> Any:
+        """The scalar loss on one batch of arrays, with its history. forward: what computes for `model`, where it is compiled.
 
         Raises:
             DataError: targets are missing or do not fit the outputs. ModelError: the loss cannot train the model.
         """
-        outputs = call(model, to_tensors(inputs, self._device, self._dtype))
+        outputs = call(model if forward is None else forward, to_tensors(inputs, self._device, self._dtype))
         targets = to_tensors(targets, self._device)
         weight = 1.0 if self._spec.distill is None else self._spec.distill.student_weight
         total: Any = 0.0
@@ -45,7 +45,7 @@ class Objective:
 
     def groups(self) -> list[dict[str, Any]]:
         """What the teacher's losses train beside the model, as groups of its optimizer."""
-        return [] if self._teacher is None else self._teacher.groups(self._spec.learning_rate)
+        return [] if self._teacher is None else self._teacher.groups(self._spec.rate)
 
     def state(self) -> Any:
         """What the teacher's losses have learned, as a tree of tensors; None without a teacher."""

@@ -16,7 +16,7 @@ class Processes:
 
     Every process reads the same batches and takes each `count`-th row from its `rank` on. Losses are means over rows, so with
     `share`, a process' part of the rows, the sum of their gradients is the gradient of the whole batch: data parallelism that
-    gives what one process gives, but for rounding and batch norm's statistics, which are each process' own.
+    gives what one process gives, but for rounding and batch norm's statistics, which are each process' own within an epoch.
     """
 
     def __init__(self) -> None:
@@ -47,6 +47,8 @@ class Processes:
         if self.count == 1:
             return
         for parameter in parameters:
+            if hasattr(parameter, "full_tensor"):  # sharded: added up already
+                continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             torch.distributed.all_reduce(parameter.grad)
@@ -56,6 +58,17 @@ class Processes:
         if self.count > 1:
             for _, tensor in tensors:
                 torch.distributed.broadcast(tensor.data, 0)
+
+    def mean(self, buffers: Iterable[Any]) -> None:
+        """*In place*: floating-point buffers become their mean over the processes, others those of the first."""
+        if self.count == 1:
+            return
+        for buffer in buffers:
+            if buffer.is_floating_point():
+                torch.distributed.all_reduce(buffer.data)
+                buffer.data.div_(self.count)
+            else:
+                torch.distributed.broadcast(buffer.data, 0)
 
 
 def _rows(value: Any, taken: slice) -> Any:

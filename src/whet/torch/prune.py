@@ -20,6 +20,7 @@ from whet.specs.criteria import FROM_GRADIENTS
 from whet.torch.importance import gradients_for, statistics_for
 from whet.torch.inputs import InputReader
 from whet.torch.namespace import xp
+from whet.torch.sharding import divided, own_part, whole
 from whet.torch.views import weight_views
 
 
@@ -57,13 +58,13 @@ class Masker(_Masker):
         return tuple(self._parameters[name].shape) if name in self._parameters else None
 
     def _values(self, name: str) -> Any:
-        return self._parameters[name].detach().float().cpu().numpy()
+        return whole(self._parameters[name].detach()).float().cpu().numpy()
 
     def _is_zero(self, name: str, mask: Any) -> Any:
         return (torch.as_tensor(mask) == 0).to(self._parameters[name].device)
 
     def _floats(self, name: str) -> Any:
-        values = self._parameters[name].detach()
+        values = whole(self._parameters[name].detach())
         return values.clone() if values.dtype == torch.float64 else values.to(torch.float32, copy=True)
 
     def _put(self, array: Any, name: str) -> Any:
@@ -113,7 +114,8 @@ class Masker(_Masker):
         """Set removed weights to zero again. Filled, not multiplied: -1 · 0 is -0, which does not compress."""
         with torch.no_grad():
             for name in self._removed:
-                self._parameters[name].masked_fill_(self._gone(name), 0.0)
+                parameter = self._parameters[name]
+                own_part(parameter).masked_fill_(own_part(divided(self._gone(name), parameter)), 0.0)
 
     def masks(self) -> Masks:
         """The masks by parameter name: 1 where kept."""

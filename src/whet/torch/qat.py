@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from whet.data import Batches
-from whet.errors import DataError, ModelError
+from whet.errors import DataError, ModelError, SpecError
 from whet.graph.epochs import TrainingRun
 from whet.graph.learning import check_trainable, into_bins, moved_values, observed_steps
 from whet.graph.placement import Placement, Plan, place, rules_for
@@ -251,6 +251,11 @@ def quantize_aware(model: Any, spec: Quantize, plan: Plan, fit: Train, run: Trai
         SpecError: a scheme that does not train. ModelError, DataError: as in `train`.
     """
     started = time.perf_counter()
+    if fit.compile:
+        raise SpecError(
+            "Train(compile=…) cannot be used in quantization-aware training: the quantizers are hooks that torch.compile does "
+            "not trace, and nothing would be compiled. Leave compile out of fit=."
+        )
     target = find_target(plan.target, "torch")
     example, _ = run.train.first()
     steps = fit.epochs * len(run.train)

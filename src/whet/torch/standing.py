@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from whet.torch.sharding import divided, whole
+
 _TENSOR = {"dtype", "shape", "bytes"}
 
 
@@ -18,7 +20,7 @@ def packed(tree: Any) -> Any:
         return [packed(item) for item in tree]
     if not isinstance(tree, torch.Tensor):
         return tree
-    tensor = tree.detach().cpu().contiguous()
+    tensor = whole(tree.detach()).cpu().contiguous()
     kind = str(tensor.dtype).removeprefix("torch.")
     return {"dtype": kind, "shape": list(tensor.shape), "bytes": tensor.reshape(-1).view(torch.uint8).numpy()}
 
@@ -42,7 +44,9 @@ def optimizer_state(optimizer: Any) -> list[list[Any]]:
 def load_optimizer(optimizer: Any, state: list[list[Any]]) -> None:
     """*In place*: the moments of `optimizer_state`; the groups' settings stay."""
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    own = {index: {key: divided(value, parameters[index]) for key, value in moments.items()} for index, moments in state}
+    optimizer.load_state_dict({"state": own, "param_groups": groups})
 
 
 def generator_states(source: Any) -> dict[str, Any]:

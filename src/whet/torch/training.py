@@ -18,12 +18,15 @@ from whet.graph.views import Masks
 from whet.numerics.schedules import Ramp
 from whet.records import Step
 from whet.specs import Train
+from whet.torch.attention import plain_attention
+from whet.torch.compiling import Compiler, compiling, failed
 from whet.torch.distill import teaching
 from whet.torch.learner import scale_names
 from whet.torch.model import call, device_of, dtype_of, evaluating, on_device, to_numpy, to_tensors
 from whet.torch.objective import Objective
 from whet.torch.processes import Processes
 from whet.torch.prune import Masker
+from whet.torch.sharding import check_sharded, clip_, divided, gather_, own_part, sharded
 from whet.torch.standing import generator_states, load_optimizer, optimizer_state, packed, set_generator_states, unpacked
 
 
@@ -42,22 +45,37 @@ def train(model: Any, spec: Train, run: TrainingRun) -> tuple[Masks, Step]:
     ramp = run.ramp(spec)
     with (
         seeded(run.seed, run.device),
-        on_device(model, run.device) as where,
-        teaching(spec.distill, run.teacher, model, where) as tutor,
+        compiling(spec.compile) as compiler,
+        _placed(model, spec, run.device) as (work, where),
+        teaching(spec.distill, run.teacher, work, where, compiler) as tutor,
     ):
-        masker = Masker(model, spec.prune, run.masks, run.train, spec.loss)
-        judge = Judge(run, lambda inputs: _predict(model, inputs, where))
+        masker = Masker(work, spec.prune, run.masks, run.train, spec.loss)
+        judge = Judge(run, lambda inputs: _predict(work, inputs, where))
         if tutor is not None:
-            tutor.begin(model, *run.train.first())
-        loop = _Loop(model, Objective(spec, tutor, where, dtype_of(model)), spec, run, judge, masker, ramp)
+            tutor.begin(work, *run.train.first())
+        loop = _Loop(work, Objective(spec, tutor, where, dtype_of(work)), spec, run, judge, masker, ramp, compiler)
         stop = loop.run()
-    if loop.alone:
-        loop.notes.append(f"{loop.alone} batches of one example were left out: batch norm cannot train on them")
-    return loop.told(stop, started, [] if tutor is None else tutor.notes)
+        if loop.alone:
+            loop.notes.append(f"{loop.alone} batches of one example were left out: batch norm cannot train on them")
+        notes = [] if compiler is None else compiler.notes()
+        return loop.told(stop, started, [*notes, *([] if tutor is None else tutor.notes)])
+
+
+@contextmanager
+def _placed(model: Any, spec: Train, device: str | None) -> Iterator[tuple[Any, Any]]:
+    """What trains in the place of `model`, and where: the model itself, or a sharded copy, whose weights it gets at the end."""
+    if not spec.shard:
+        with on_device(model, device) as where:
+            yield model, where
+        return
+    check_sharded(spec)
+    work = sharded(model, device)
+    yield work, device_of(work)
+    gather_(work, model)
 
 
 def _predict(model: Any, inputs: Any, device: Any) -> Any:
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), plain_attention():
         outputs = call(model, to_tensors(inputs, device, dtype_of(model)))
     found = to_numpy(outputs)
     if found is None:
@@ -69,18 +87,28 @@ class _Loop(Epochs):
     """A plain loop with AdamW."""
 
     def __init__(
-        self, model: Any, objective: Objective, spec: Train, run: TrainingRun, judge: Judge, masker: Masker, ramp: Ramp | None
+        self,
+        model: Any,
+        objective: Objective,
+        spec: Train,
+        run: TrainingRun,
+        judge: Judge,
+        masker: Masker,
+        ramp: Ramp | None,
+        compiler: Compiler | None,
     ) -> None:
         super().__init__(spec, run, judge, masker, ramp)
-        self.model, self.objective = model, objective
+        self.model, self.objective, self.compiler = model, objective, compiler
+        self.forward = model if compiler is None else compiler(model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ModelError("No parameter has requires_grad=True: there is nothing to train. Unfreeze some, or use prune().")
         groups = [*_decaying(model), *objective.groups()]
-        self.optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, weight_decay=spec.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=spec.rate, weight_decay=spec.weight_decay)
         device = device_of(model).type
         self.scaler = torch.amp.GradScaler(device, enabled=spec.precision == "float16")  # small gradients would be zero
         self.processes = Processes()
-        self.processes.agree(self._tensors())
+        if not spec.shard:
+            self.processes.agree(self._tensors())
         self.alone = 0  # batches left out: one example, which batch norm cannot train on
 
     @contextmanager
@@ -106,18 +134,35 @@ class _Loop(Epochs):
         inputs, targets, share = self.processes.own(inputs, targets)
         try:
             with self._autocast():
-                loss = self.objective(self.model, inputs, targets)
+                loss = self.objective(self.model, inputs, targets, self.forward)
         except DataError as error:
+            self._explain(error)
             if "Expected more than 1 value per channel when training" not in str(error.__cause__) or self.processes.count > 1:
                 raise
             self.alone += 1
             return None
+        if self.compiler is not None:
+            self.compiler.check()
         value = self.processes.total(share * float(loss.detach()))
         if math.isfinite(value):
             self.scaler.scale(loss * (share / together)).backward()
             if place == together - 1:
                 self._update()
         return value
+
+    def _explain(self, error: DataError) -> None:
+        """Raise what it means where the cause of a forward pass that failed is how the model was asked to run."""
+        if self.compiler is not None and (told := failed(error)) is not None:
+            raise told from error
+        if self.spec.shard and "DTensor" in str(error):
+            raise ModelError(
+                "A weight is read outside of the block that holds it, where Train(shard=True) has gathered none: a parent that "
+                f"reads its layer's weight, or a method that is not forward. Leave shard out. ({error.__cause__})"
+            ) from error
+
+    def join(self) -> None:
+        """Batch norm's statistics, and observed ranges, become the mean over the processes."""
+        self.processes.mean(self.model.buffers())
 
     def _autocast(self) -> Any:
         """The context of the forward pass."""
@@ -131,7 +176,10 @@ class _Loop(Epochs):
         self.processes.add_gradients(parameters)
         self.scaler.unscale_(self.optimizer)
         if self.spec.clip is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, self.spec.clip)
+            if self.spec.shard:
+                clip_(parameters, self.spec.clip, self.processes)
+            else:
+                torch.nn.utils.clip_grad_norm_(parameters, self.spec.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
@@ -155,7 +203,7 @@ class _Loop(Epochs):
             if name not in saved:
                 continue
             if tensor.shape == saved[name].shape:
-                tensor.data.copy_(saved[name])
+                own_part(tensor).copy_(own_part(divided(saved[name], tensor)))
             else:  # a buffer that the forward replaced
                 tensor.data = saved[name].clone()
 
