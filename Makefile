@@ -17,7 +17,7 @@ demo-keras: .venv/.keras  ## The Keras 3 -> LiteRT half, with only its extras.
 	@$(PY) examples/demo_keras.py
 
 test: .venv/.dev  ## Set up, then the tests, a file on each of two processes.
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/.dev  ## The tests that take longer than a minute.
 	$(PY) -m pytest -m slow

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from job_fixtures import quick
 from whet.cli import app
+
+__all__ = ["quick"]  # every test below uses it
 
 JOB = """
 import numpy as np

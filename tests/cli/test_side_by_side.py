@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from bench import few_runs
 from report_samples import sample_report
 from whet.cli import app
 from whet.cli.measuring import differences
@@ -44,6 +45,7 @@ def files(tmp_path_factory):
 
 
 def test_files_side_by_side_at_every_batch_and_thread_count(files, monkeypatch):
+    few_runs(monkeypatch, processes=True)
     monkeypatch.setenv("COLUMNS", "200")
     found = run(
         "measure", files / "float.onnx", files / "int8.onnx", "--data", files / "val.npz", "--batch", "1,4", "--threads", "1,2"

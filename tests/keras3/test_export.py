@@ -1,12 +1,5 @@
 """LiteRT files of Keras models, run by LiteRT."""
 
-import importlib
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import keras
 import numpy as np
 import pytest
@@ -15,6 +8,7 @@ from ai_edge_litert.interpreter import Interpreter
 from keras import layers as L
 
 import zoo_keras
+from other_backend import run_under
 from whet.data import Batches
 from whet.errors import ExportError
 from whet.keras import export, litert_worker, predict, quantize, simulate
@@ -24,18 +18,6 @@ from whet.runtimes.sessions import open_session
 from whet.specs import TARGETS, Float, Int, PerTensor, Quantize
 
 LITERT = TARGETS["litert"]
-module = importlib.import_module("whet.keras.litert_export")
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """The converter in this process, which has loaded TensorFlow already; one test below uses the real thing."""
-
-    def run(place, name):
-        litert_worker.main(json.loads((place / "job.json").read_text()), place / "model.tflite")
-        return (place / "model.tflite").read_bytes()
-
-    monkeypatch.setattr(module, "_run", run)
 
 
 def flat(outputs):
@@ -90,7 +72,7 @@ FLOAT_PARTS = {  # what the plan leaves in float, by case
 
 
 @pytest.mark.parametrize("name", zoo_keras.CASES)
-def test_the_file_computes_what_the_simulation_does_in_integers(name, in_process, tmp_path):
+def test_the_file_computes_what_the_simulation_does_in_integers(name, tmp_path):
     model, inputs = zoo_keras.CASES[name]()
     plan, path = exported(model, inputs, tmp_path, Quantize())
     data = many(inputs)
@@ -112,7 +94,7 @@ def test_the_file_computes_what_the_simulation_does_in_integers(name, in_process
             assert operator in FLOAT_PARTS.get(name, set())
 
 
-def test_our_codes_and_scales_are_in_the_file_bit_for_bit(in_process, tmp_path):
+def test_our_codes_and_scales_are_in_the_file_bit_for_bit(tmp_path):
     model, inputs = zoo_keras.digits_cnn()
     plan, path = exported(model, inputs, tmp_path, Quantize())
     program, read = planned(model, plan), Read(path)
@@ -142,7 +124,7 @@ FLOAT_CASES = ("digits_cnn", "depthwise", "several_outputs", "nested_functional"
 
 
 @pytest.mark.parametrize("name", [*FLOAT_CASES, "one_dimensional", "padded_and_dilated", "attention_layer"])
-def test_float_files_equal_the_model(name, in_process, tmp_path):
+def test_float_files_equal_the_model(name, tmp_path):
     model, inputs = zoo_keras.CASES[name]()
     _, path = exported(model, inputs, tmp_path)
     for found, wanted in zip(flat(open_session(path).run(inputs)), flat(predict(model, inputs)), strict=True):
@@ -150,7 +132,7 @@ def test_float_files_equal_the_model(name, in_process, tmp_path):
     assert not any("INT8" in types for _, types, _, _ in Read(path).operators())
 
 
-def test_a_second_bias_is_not_taken_for_the_first(in_process, tmp_path):
+def test_a_second_bias_is_not_taken_for_the_first(tmp_path):
     i = keras.Input((6,))
     x = L.Reshape((1, 5))(L.Dense(5, name="biased")(i)) + np.arange(5, dtype=np.float32)
     model = zoo_keras.randomize(keras.Model(i, keras.ops.relu(x), name="biases"))
@@ -161,7 +143,7 @@ def test_a_second_bias_is_not_taken_for_the_first(in_process, tmp_path):
         np.testing.assert_allclose(open_session(path).run(inputs), wanted, atol=1e-5)
 
 
-def test_a_file_takes_any_batch_and_bears_the_models_names(in_process, tmp_path):
+def test_a_file_takes_any_batch_and_bears_the_models_names(tmp_path):
     model, inputs = zoo_keras.several_outputs()
     _, path = exported(model, inputs, tmp_path, Quantize())
     session = open_session(path)
@@ -174,7 +156,7 @@ def test_a_file_takes_any_batch_and_bears_the_models_names(in_process, tmp_path)
         np.testing.assert_array_equal(one, all_rows[1:2])
 
 
-def test_fixed_and_further_dynamic_axes(in_process, tmp_path):
+def test_fixed_and_further_dynamic_axes(tmp_path):
     i = keras.Input((None, None, 3), name="image")
     model = zoo_keras.randomize(keras.Model(i, L.GlobalAveragePooling2D()(L.Conv2D(4, 3)(i)), name="open"))
     inputs = zoo_keras.images()
@@ -195,7 +177,7 @@ def test_fixed_and_further_dynamic_axes(in_process, tmp_path):
         shape(dynamic={"image": {3: "channels"}})
 
 
-def test_sixteen_bit_floats_and_weight_only_integers_are_stored_small(in_process, tmp_path):
+def test_sixteen_bit_floats_and_weight_only_integers_are_stored_small(tmp_path):
     model, inputs = zoo_keras.digits_cnn()
     sizes = {}
     for name, spec, kind in (
@@ -212,7 +194,7 @@ def test_sixteen_bit_floats_and_weight_only_integers_are_stored_small(in_process
     assert sizes["half"] < 0.55 * sizes["float"] and sizes["int8"] < 0.32 * sizes["float"]
 
 
-def test_few_bits_are_stored_in_int8_and_per_tensor_scales_are_single(in_process, tmp_path):
+def test_few_bits_are_stored_in_int8_and_per_tensor_scales_are_single(tmp_path):
     model, inputs = zoo_keras.digits_cnn()
     spec = Quantize(Int(4, granularity=PerTensor()))
     plan, path = exported(model, inputs, tmp_path, spec)
@@ -223,7 +205,7 @@ def test_few_bits_are_stored_in_int8_and_per_tensor_scales_are_single(in_process
     np.testing.assert_allclose(open_session(path).run(inputs), predict(simulate(model, plan), inputs), atol=1e-5)
 
 
-def test_kept_layers_stay_float_between_integers(in_process, tmp_path):
+def test_kept_layers_stay_float_between_integers(tmp_path):
     model, inputs = zoo_keras.digits_cnn()
     plan, path = exported(model, inputs, tmp_path, Quantize(keep=("conv2",)))
     types = [types[:2] for _, types, _, _ in Read(path).operators(*WEIGHTED)]
@@ -231,7 +213,7 @@ def test_kept_layers_stay_float_between_integers(in_process, tmp_path):
     np.testing.assert_allclose(open_session(path).run(inputs), predict(simulate(model, plan), inputs), atol=1e-5)
 
 
-def test_symmetric_activations_are_exported_with_zero_points_of_zero(in_process, tmp_path):
+def test_symmetric_activations_are_exported_with_zero_points_of_zero(tmp_path):
     model, inputs = zoo_keras.digits_cnn()
     plan, path = exported(model, inputs, tmp_path, Quantize(activations=Int(8, granularity=PerTensor())))
     written = [
@@ -241,7 +223,7 @@ def test_symmetric_activations_are_exported_with_zero_points_of_zero(in_process,
     np.testing.assert_allclose(open_session(path).run(inputs), predict(simulate(model, plan), inputs), atol=1e-5)
 
 
-def test_files_are_small_aligned_and_without_metadata(in_process, tmp_path):
+def test_files_are_small_aligned_and_without_metadata(tmp_path):
     model, inputs = zoo_keras.digits_cnn()
     _, original = exported(model, inputs, tmp_path)
     _, path = exported(model, inputs, tmp_path, Quantize())
@@ -256,7 +238,7 @@ def test_files_are_small_aligned_and_without_metadata(in_process, tmp_path):
             assert buffer._tab.Vector(buffer._tab.Offset(4)) % 16 == 0
 
 
-def test_identical_weights_with_different_fates_are_refused(in_process, tmp_path):
+def test_identical_weights_with_different_fates_are_refused(tmp_path):
     i = keras.Input((4,))
     a, b = L.Dense(4, name="a"), L.Dense(4, name="b")
     model = keras.Model(i, b(L.ReLU()(a(i))), name="twins")
@@ -280,7 +262,7 @@ def test_what_litert_cannot_hold_is_refused_before_anything_runs(spec, words, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_the_converter_runs_in_its_own_process_and_its_end_is_an_error(tmp_path, monkeypatch, capfd):
+def test_the_converter_runs_in_its_own_process_and_its_end_is_an_error(its_own_process, tmp_path, monkeypatch, capfd):
     model, inputs = zoo_keras.digits_cnn()
     before = [np.asarray(v).copy() for v in model.get_weights()]
     _, path = exported(model, inputs, tmp_path)
@@ -293,7 +275,7 @@ def test_the_converter_runs_in_its_own_process_and_its_end_is_an_error(tmp_path,
     ):
         broken = tmp_path / "broken.py"
         broken.write_text(code)
-        monkeypatch.setattr(module.litert_worker, "__file__", str(broken))
+        monkeypatch.setattr(litert_worker, "__file__", str(broken))
         with pytest.raises(ExportError, match=f"converter failed on the model 'digits_cnn'.*{words}"):
             export(model, None, LITERT, tmp_path / "never.tflite", example=inputs)
         assert not (tmp_path / "never.tflite").exists()
@@ -302,7 +284,6 @@ def test_the_converter_runs_in_its_own_process_and_its_end_is_an_error(tmp_path,
 TORCH = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
 import keras, numpy as np, zoo_keras
 from whet.data import Batches
 from whet.keras import export, predict, quantize, simulate
@@ -310,25 +291,20 @@ from whet.specs import TARGETS, Quantize
 assert keras.backend.backend() == "torch"
 model, x = zoo_keras.small_resnet()
 plan, _ = quantize(model, Quantize(), TARGETS["litert"], calibration=Batches([x]), example=x, progress=False)
-export(model, plan, TARGETS["litert"], Path(sys.argv[2]) / "t.tflite", example=x)
-np.savez(Path(sys.argv[2]) / "t.npz", x=x, y=predict(simulate(model, plan), x))
+export(model, plan, TARGETS["litert"], Path(sys.argv[1]) / "t.tflite", example=x)
+np.savez(Path(sys.argv[1]) / "t.npz", x=x, y=predict(simulate(model, plan), x))
 """
 
 
 def test_a_model_under_the_torch_backend_is_exported_through_tensorflow(tmp_path):
     pytest.importorskip("torch")
-    support = str(Path(zoo_keras.__file__).parent)
-    environment = {**os.environ, "KERAS_BACKEND": "torch"}
-    done = subprocess.run(
-        [sys.executable, "-c", TORCH, support, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_under("torch", TORCH, tmp_path)
     data = np.load(tmp_path / "t.npz")
     found = open_session(tmp_path / "t.tflite").run(data["x"])
     assert np.mean(np.abs(found - data["y"]) <= 1e-5) >= 0.95
 
 
-def test_the_interpreter_agrees_on_the_types(in_process, tmp_path):
+def test_the_interpreter_agrees_on_the_types(tmp_path):
     model, inputs = zoo_keras.small_resnet()
     _, path = exported(model, inputs, tmp_path, Quantize())
     interpreter = Interpreter(str(path), experimental_preserve_all_tensors=True)

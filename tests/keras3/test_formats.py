@@ -1,10 +1,5 @@
 """Files of Keras models other than LiteRT, each run by its runtime."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import keras
 import numpy as np
 import onnx
@@ -13,6 +8,7 @@ from keras import layers as L
 
 import zoo_keras
 from keras_parts import Block
+from other_backend import run_under
 from whet.data import Batches
 from whet.errors import ExportError, MissingExtraError, ModelError, RuntimeFileError, TargetError
 from whet.keras import export, predict, quantize, simulate
@@ -301,14 +297,13 @@ def test_litert_is_what_a_keras_model_is_exported_to_without_a_target():
 TORCH = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
 import keras, numpy as np, zoo_keras
 from whet.data import Batches
 from whet.keras import export, predict, quantize, simulate
 from whet.specs import TARGETS, Quantize
 assert keras.backend.backend() == "torch"
 model, x = zoo_keras.small_resnet()
-place = Path(sys.argv[2])
+place = Path(sys.argv[1])
 target = TARGETS["onnxruntime"]
 plan, _ = quantize(model, Quantize(), target, calibration=Batches([x]), example=x, progress=False)
 export(model, plan, target, place / "t.onnx", example=x)
@@ -318,11 +313,7 @@ np.savez(place / "t.npz", x=x, y=predict(simulate(model, plan), x), float=predic
 
 
 def test_a_model_under_the_torch_backend_is_exported_too(tmp_path):
-    support = str(Path(zoo_keras.__file__).parent)
-    environment = {**os.environ, "KERAS_BACKEND": "torch"}
-    command = [sys.executable, "-c", TORCH, support, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_under("torch", TORCH, tmp_path)
     data = np.load(tmp_path / "t.npz")
     assert np.mean(np.abs(open_session(tmp_path / "t.onnx").run(data["x"]) - data["y"]) <= 1e-5) >= 0.95
     np.testing.assert_allclose(open_session(tmp_path / "t.savedmodel").run(data["x"]), data["float"], atol=1e-5)

@@ -2,12 +2,10 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+from other_backend import run_under
 
 SCRIPT = r"""
 import json
@@ -52,11 +50,7 @@ print(json.dumps({
 def test_masks_move_score_and_resume(backend) -> None:
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
-    support = Path(__file__).parents[1] / "support"
-    env = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(support), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(run_under(backend, SCRIPT).splitlines()[-1])
     assert found["backend"] == backend
     assert found["rigl"] == [True, 0.5] and all(row == [True, 0.5] for row in found["criteria"].values())
     step, sparsity, after, is_held = found["resumed"]

@@ -1,10 +1,5 @@
 """Quantization-aware training in Keras: gradients by the formula, from the post-training solution to a plan, in every loop."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import keras
 import numpy as np
 import pytest
@@ -12,6 +7,7 @@ import tensorflow as tf
 
 import zoo_keras
 from keras_parts import batches, dense, points
+from other_backend import run_under
 from whet.data import Batches
 from whet.errors import ModelError, SpecError
 from whet.graph.epochs import TrainingRun
@@ -304,8 +300,6 @@ def test_no_epoch_is_best_before_ranges_are_frozen():
 
 
 TORCH = """
-import sys
-sys.path.insert(0, sys.argv[1])
 import keras, numpy as np
 from keras_parts import dense, points
 from whet.keras import finish, predict, prepare, simulate
@@ -319,15 +313,13 @@ losses = [float(prepared.train_on_batch(x, y)) for _ in range(12)]
 assert losses[-1] < losses[0], losses
 found = predict(simulate(*finish(prepared)), x)
 np.testing.assert_allclose(found, predict(prepared, x), atol=2 * max(float(p.scale) for p in finish(prepared)[1].values.values()))
+print(keras.backend.backend())
 """
 
 
 def test_the_torch_backend_trains_too():
     pytest.importorskip("torch")
-    support = str(Path(zoo_keras.__file__).parent)
-    environment = {**os.environ, "KERAS_BACKEND": "torch"}
-    done = subprocess.run([sys.executable, "-c", TORCH, support], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert run_under("torch", TORCH) == "torch\n"
 
 
 def test_what_cannot_be_trained_is_refused():

@@ -1,15 +1,12 @@
 """Real removal through the verbs: budgets, saving and loading, exported files run by their runtimes, quantization after."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 
 import whet
 import zoo_keras
+from other_backend import run_under
 from whet.data import leaves
 from whet.keras import predict
 from whet.runtimes.sessions import open_session
@@ -89,9 +86,5 @@ def test_what_is_left_is_trained() -> None:
 
 
 def test_the_same_under_torch() -> None:
-    here = Path(__file__).parents[1] / "support"
-    environment = {**os.environ, "KERAS_BACKEND": "torch", "PYTHONPATH": str(here), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(run_under("torch", SCRIPT).splitlines()[-1])
     assert found["backend"] == "torch" and all(share < 0.8 for share in found["left"].values()), found

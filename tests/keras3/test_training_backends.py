@@ -2,12 +2,10 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+from other_backend import run_under
 
 SCRIPT = r"""
 import json
@@ -59,11 +57,7 @@ print(json.dumps({
 def test_prune_train_and_distill(backend):
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
-    support = Path(__file__).parents[1] / "support"
-    env = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(support), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(run_under(backend, SCRIPT).splitlines()[-1])
     assert found["backend"] == backend
     assert found["losses"][-1] < 0.5 * found["losses"][0] and found["teacher"] > 0.95 and found["metric"] > 0.8
     assert found["sparsity"] == 0.5 and found["one_shot"] == [0.5, 0.5] and found["callback"] == [True, 0.5]

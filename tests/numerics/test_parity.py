@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,7 @@ import torch
 
 import numerics_parity
 from numerics_parity import SPECS, assert_same, compute, gradient_points, values
+from other_backend import run_under
 from whet.numerics.affine import fake_quantize, qparams, quantize
 from whet.numerics.namespace import numpy_namespace
 from whet.specs import Int
@@ -38,9 +36,7 @@ def test_keras_on_tensorflow_equals_numpy(expected) -> None:
 
 def test_keras_on_torch_equals_numpy(expected, tmp_path) -> None:
     pytest.importorskip("keras")
-    script = Path(numerics_parity.__file__)
-    env = os.environ | {"KERAS_BACKEND": "torch"}
-    subprocess.run([sys.executable, str(script), str(tmp_path / "out.npz")], check=True, env=env, timeout=240)
+    run_under("torch", Path(numerics_parity.__file__).read_text(), tmp_path / "out.npz")
     with np.load(tmp_path / "out.npz") as file:
         found = dict(file)
     np.testing.assert_array_equal(found.pop("gradient"), gradient_points()[1])

@@ -306,7 +306,8 @@ class Installed(PathFinder):
 sys.meta_path[:] = [Installed if finder is PathFinder else finder for finder in sys.meta_path]
 """
 TORCH_ALONE = """
-import numpy as np, torch, whet
+import bench, numpy as np, pytest, torch, whet
+bench.few_runs(pytest.MonkeyPatch())
 model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).eval()
 x, y = np.random.default_rng(0).normal(size=(64, 4)).astype("float32"), np.arange(64) % 3
 made = whet.compress(model, train=(x, y), val=(x, y), recipe=[whet.Quantize()], progress=False, budget=whet.Budget(1.0))
@@ -315,7 +316,9 @@ print(made.report.data["budget"]["met"], sorted(n for n in sys.modules if n.spli
 KERAS_ALONE = """
 import os
 os.environ["KERAS_BACKEND"] = "tensorflow"
-import numpy as np, keras, whet
+import bench, numpy as np, keras, pytest, whet
+bench.few_runs(pytest.MonkeyPatch())
+bench.convert_in_process(pytest.MonkeyPatch())
 model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8, activation="relu"), keras.layers.Dense(3)])
 x, y = np.random.default_rng(0).normal(size=(64, 4)).astype("float32"), np.arange(64) % 3
 made = whet.compress(model, train=(x, y), val=(x, y), recipe=[whet.Quantize()], progress=False, budget=whet.Budget(1.0))
@@ -336,7 +339,8 @@ for call in (lambda: whet.prune(object(), whet.Prune(0.5)), lambda: whet.torch.p
 def alone(text, *blocked):
     names = repr(set(blocked))
     code = BLOCK.replace("{blocked}", names) + text.replace("{blocked}", names)
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(__file__).parents[1] / "support"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=240, check=False
     )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import whet
+from bench import few_runs
 
 pytest.importorskip("onnxruntime")
 torch = pytest.importorskip("torch")
@@ -34,15 +35,17 @@ def made(tmp_path_factory):
         torch.nn.functional.cross_entropy(model(torch.from_numpy(x)), torch.from_numpy(y)).backward()
         optimizer.step()
     out, seen = tmp_path_factory.mktemp("job") / "out", []
-    compressed = whet.compress(
-        model.eval(),
-        train=[(x[i : i + 64], y[i : i + 64]) for i in range(0, 256, 64)],
-        val=[blobs(200, 1)],
-        budget=whet.Budget(size="1 B"),  # none holds it, so all are tried
-        progress=False,
-        out=out,
-        log=seen.append,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        few_runs(patch)
+        compressed = whet.compress(
+            model.eval(),
+            train=[(x[i : i + 64], y[i : i + 64]) for i in range(0, 256, 64)],
+            val=[blobs(200, 1)],
+            budget=whet.Budget(size="1 B"),  # none holds it, so all are tried
+            progress=False,
+            out=out,
+            log=seen.append,
+        )
     return compressed, out, seen
 
 

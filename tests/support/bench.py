@@ -91,7 +91,9 @@ def sqnr(reference: Any, got: Any) -> float:
 
 
 def convert_in_process(monkeypatch: Any) -> None:
-    """Run TensorFlow's converter in this process, which has loaded it already: seconds less for each file."""
+    """Run TensorFlow's converter in this process, where that has loaded it already: seconds less for each file."""
+    if importlib.import_module("keras").backend.backend() != "tensorflow":
+        return
     module = importlib.import_module("whet.keras.litert_export")
     worker = importlib.import_module("whet.keras.litert_worker")
 
@@ -119,13 +121,14 @@ def registry_once(monkeypatch: Any) -> None:
 _REGISTRIES: dict[Any, Any] = {}
 
 
-def few_runs(monkeypatch: Any) -> None:
-    """Time files a few times only where Whet would choose how often, and in no processes of their own."""
+def few_runs(monkeypatch: Any, *, processes: bool = False) -> None:
+    """Time files a few times only where Whet would choose how often, and open them in processes of their own if asked to."""
     gather = importlib.import_module("whet.runtimes.evidence").gather
 
     def quick(*args: Any, **options: Any) -> Any:
-        few = {"runs": 5 if options.get("runs") is None else options["runs"], "processes": False}
+        runs = 5 if options.get("runs") is None else options["runs"]
+        few = {"runs": runs, "processes": processes and options.get("processes", False)}
         return gather(*args, **{**options, **few})
 
-    for module in ("whet.pipeline.compress", "whet.runtimes.evidence"):
+    for module in ("whet.pipeline.compress", "whet.runtimes.evidence", "whet.cli.measuring"):
         monkeypatch.setattr(importlib.import_module(module), "gather", quick)

@@ -1,11 +1,8 @@
 """The zoo as a list: for each case and framework, 8 bits keep their promise, or a sentence says why not."""
 
 import copy
-import os
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +13,7 @@ import audit_keras
 import audit_torch
 import whet
 from bench import bench, leaves, same, sqnr
+from other_backend import run_under
 from whet.runtimes.evidence import pack
 from whet.runtimes.sessions import open_session
 from zoo_cases import CASES
@@ -183,8 +181,7 @@ made.save(sys.argv[3])
 def test_a_model_saved_under_another_backend_gives_the_same_codes(tmp_path):
     keras = pytest.importorskip("keras")
     places = [str(tmp_path / name) for name in ("model.keras", "x.npy", "made")]
-    environment = {**os.environ, "KERAS_BACKEND": "torch"}
-    subprocess.run([sys.executable, "-c", SAVE, *places], check=True, env=environment, capture_output=True)
+    run_under("torch", SAVE, *places)
     assert keras.backend.backend() == "tensorflow"
     x = np.load(places[1])
     made = whet.quantize(keras.models.load_model(places[0]), calibration=x, **QUIET)
