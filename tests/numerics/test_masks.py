@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
@@ -14,6 +15,7 @@ from whet.numerics.criteria import magnitude
 from whet.numerics.masks import mask_lowest, masks_for, removed_count
 from whet.numerics.namespace import numpy_namespace as xp
 from whet.specs import Global, Uniform
+from whet.torch.namespace import TorchNamespace
 
 scores = arrays(np.float32, array_shapes(max_dims=4, max_side=5), elements=st.sampled_from([0.0, 0.25, 1.0, 2.0, 1e-40, 3e38]))
 
@@ -45,9 +47,9 @@ def test_masks_are_selected_not_sorted() -> None:
             return np.argsort(x, kind="stable")
 
         @staticmethod
-        def kth_smallest(x, k):
+        def kth_smallest(xs, k):
             Counting.calls.append("select")
-            return np.partition(x, k)[k]
+            return np.partition(np.concatenate(xs), k)[k]
 
     masks_for([np.arange(6.0), np.arange(4.0)], 0.5, Uniform(), xp=Counting())
     masks_for([np.arange(6.0), np.arange(4.0)], 0.5, Global(), xp=Counting())
@@ -75,7 +77,7 @@ def test_counts_round_half_to_even_and_never_take_all(sparsity, size, expected) 
 @given(scores=scores, sparsity=st.floats(0, 0.999))
 def test_uniform_removes_exactly_the_count_and_only_the_lowest(scores, sparsity) -> None:
     (mask,) = masks_for([scores], sparsity, Uniform(), xp=xp)
-    assert mask.shape == scores.shape and mask.dtype == np.float32 and set(np.unique(mask)) <= {0.0, 1.0}
+    assert mask.shape == scores.shape and mask.dtype == bool
     assert int(np.sum(mask == 0)) == removed_count(sparsity, scores.size)
     if np.any(mask == 0):
         assert scores[mask == 0].max() <= scores[mask == 1].min()
@@ -113,3 +115,30 @@ def test_masks_of_a_rising_sparsity_are_nested(scores, low, high) -> None:
     low, high = sorted((low, high))
     (first,), (second,) = (masks_for([scores], s, Uniform(), xp=xp) for s in (low, high))
     assert np.all(second <= first)
+
+
+@given(many=st.lists(scores, min_size=1, max_size=5), sparsity=st.floats(0, 0.999))
+def test_global_masks_are_those_of_the_rank_of_all(many, sparsity) -> None:
+    """The definition: the highest of every array, the last of equal ones, stays; of all others the lowest go, ties by place."""
+    flat = [array.ravel().astype(np.float64) for array in many]
+    for array in flat:
+        array[np.flatnonzero(array == array.max())[-1]] = np.inf
+    together = np.concatenate(flat)
+    count = min(removed_count(sparsity, len(together)), len(together) - len(many))
+    expected = np.argsort(np.argsort(together, kind="stable"), kind="stable") >= count
+    found = masks_for(many, sparsity, Global(), xp=xp)
+    np.testing.assert_array_equal(np.concatenate([mask.ravel() for mask in found]), expected)
+
+
+def test_a_namespace_that_stays_where_its_arrays_are_selects_the_same() -> None:
+    """As on a GPU: torch's own selection, with ties in every array."""
+    class There(TorchNamespace):
+        on_host = staticmethod(lambda x: None)
+
+    rng = np.random.default_rng(0)
+    many = [rng.integers(0, 4, shape).astype(np.float32) for shape in ((7, 5), (3,), (4, 4), (1,))]
+    for sparsity in (0.0, 0.3, 0.7, 0.99):
+        expected = masks_for(many, sparsity, Global(), xp=xp)
+        found = masks_for([torch.from_numpy(array) for array in many], sparsity, Global(), xp=There())
+        for one, two in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one.numpy(), two)

@@ -140,6 +140,9 @@ class Masker(ABC):
     def _set(self, name: str, removed: Any) -> None:
         self._removed[name] = removed
 
+    def _count(self, name: str) -> int:
+        return int(self.xp.count_nonzero(self._removed[name]))
+
     def _fit(self, name: str, mask: Any) -> Any:
         found, shape = self._shape(name), tuple(mask.shape) if hasattr(mask, "shape") else np.shape(mask)
         if found != shape:
@@ -169,7 +172,7 @@ class Masker(ABC):
         self.unmatched = tuple(unmatched(dict.fromkeys(names, ()), (*spec.keep, *(spec.include or ()))))
         if not chosen:
             self._nothing("")
-        gone = [int(self._removed[weight.name].sum()) if weight.name in self._removed else 0 for weight in chosen]
+        gone = [self._count(weight.name) if weight.name in self._removed else 0 for weight in chosen]
         if most_removed(sizes, gone, spec.fraction, spec.allocation, spec.granularity) == 0:
             self._nothing(f"sparsity {spec.fraction:g} is reached already, or removes less than one weight of any layer")
         self._before = {weight.name: histogram(self._values(weight.name)) for weight in chosen}
@@ -203,7 +206,7 @@ class Masker(ABC):
         scores = [self._scores(weight.name, i, found.get(weight.name)) for i, weight in enumerate(self._chosen)]
         axes = [(weight.out_axis, weight.in_axis) for weight in self._chosen]
         masks = patterned(scores, axes, self._spec, sparsity, xp=self.xp)
-        gone = {weight.name: mask == 0 for weight, mask in zip(self._chosen, masks, strict=True)}
+        gone = {weight.name: ~mask for weight, mask in zip(self._chosen, masks, strict=True)}
         self._take({name: new if (old := self._gone(name)) is None else new | old for name, new in gone.items()})
 
     def _take(self, removed: dict[str, Any]) -> None:
@@ -270,8 +273,7 @@ class Masker(ABC):
                     f"RigL needs the gradient of {weight.name!r}, and there is none: pass data= batches of (inputs, "
                     "targets), or in PyTorch call step() after backward() and before zero_grad()."
                 )
-            kept = self.xp.cast(~removed, "float32")
-            moved[weight.name] = rigl(self._floats(weight.name), gradient, kept, fraction, xp=self.xp) == 0
+            moved[weight.name] = ~rigl(self._floats(weight.name), gradient, ~removed, fraction, xp=self.xp)
         self._take(moved)
 
     def reset(self, masks: Mapping[str, Any]) -> None:
@@ -286,7 +288,7 @@ class Masker(ABC):
         """A row for each masked weight: `{"name", "parameters", "sparsity", "histogram"}`, the last of weights pruned here."""
         rows = []
         for name, removed in self._removed.items():
-            size, gone, before = math.prod(removed.shape), int(removed.sum()), self._before.get(name)
+            size, gone, before = math.prod(removed.shape), self._count(name), self._before.get(name)
             if gone:
                 row = {"name": name, "parameters": size, "sparsity": gone / size}
                 drawn = {} if before is None else {"histogram": before.beside(self._values(name))}
@@ -316,7 +318,7 @@ class Masker(ABC):
     def sparsity(self) -> float:
         """The fraction removed of all weights that have a mask; 0 without masks."""
         size = sum(math.prod(removed.shape) for removed in self._removed.values())
-        return sum(int(removed.sum()) for removed in self._removed.values()) / size if size else 0.0
+        return sum(map(self._count, self._removed)) / size if size else 0.0
 
     def step(self, spec: Prune, started: float) -> Step:
         """What was done so far, as a row of the report; `started` is the `time.perf_counter()` at its beginning."""

@@ -71,9 +71,9 @@ class KerasNamespace:
         return ops.argsort(x)
 
     @staticmethod
-    def kth_smallest(x: Array, k: int) -> Array:
-        """What is at position `k` of the flat array `x` in ascending order."""
-        return ops.sort(x)[k]
+    def kth_smallest(xs: list[Array], k: int) -> Array:
+        """What is at position `k` of the flat arrays `xs` in ascending order."""
+        return ops.sort(ops.concatenate(xs))[k]
 
     @staticmethod
     def nth_true(condition: Array, n: int) -> Array:
@@ -100,6 +100,16 @@ class KerasNamespace:
     def positions(x: Array) -> Array:
         """0, 1, 2, … for the elements of the flat array `x`, as int32 like every backend's `argsort`."""
         return ops.arange(ops.shape(x)[0], dtype="int32")
+
+    @staticmethod
+    def on_host(x: Array) -> Any:
+        """`x` as a NumPy array: no backend selects as fast."""
+        return ops.convert_to_numpy(x)
+
+    @staticmethod
+    def from_host(x: Any) -> Array:
+        """A NumPy array as a tensor of the backend."""
+        return ops.convert_to_tensor(x)
 
 
 xp = KerasNamespace()

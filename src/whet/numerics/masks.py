@@ -1,4 +1,4 @@
-"""Masks: 1 where kept, 0 where removed. Counts are exact and ties are broken by position, lowest index removed first."""
+"""Masks: true where kept, false where removed. Counts are exact and ties are broken by position, lowest index removed first."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from whet.errors import SpecError
 from whet.numerics.allocation import erk_densities, rounded_counts
-from whet.numerics.namespace import Array, Namespace
+from whet.numerics.namespace import Array, Namespace, numpy_namespace
 from whet.specs import ERK, NM, Block, Global, Prune, Uniform, Wanda, Weight
 from whet.specs.pruning import Allocation
 
@@ -36,41 +34,62 @@ def most_removed(
 
 
 def mask_lowest(scores: Array, count: int, *, xp: Namespace) -> Array:
-    """A float32 mask of `scores`' shape that removes exactly the `count` lowest scores.
+    """True where kept, of `scores`' shape: all but exactly the `count` lowest scores, of equal ones the first.
 
-    By selection of the highest score to go, not by sorting: of those that equal it the first go.
+    By selection of the highest score to go, not by sorting.
     """
-    shape = tuple(int(n) for n in scores.shape)
-    size = math.prod(shape)
-    flat = xp.reshape(scores, (size,))
-    if count <= 0:
-        return xp.reshape(xp.cast(xp.full_like(flat, 1.0), "float32"), shape)
-    highest = xp.kth_smallest(flat, count - 1)
-    kept = flat > highest
-    spared = size - count - int(xp.count_nonzero(kept))
-    if spared:
-        ties = flat == highest
-        first = int(xp.nth_true(ties, int(xp.count_nonzero(ties)) - spared))
-        kept = xp.concatenate([flat[:first] > highest, flat[first:] >= highest])
-    return xp.reshape(xp.cast(kept, "float32"), shape)
+    return _lowest([scores], count, xp=xp)[0]
 
 
 def masks_for(scores: list[Array], sparsity: float, allocation: Allocation, *, xp: Namespace) -> list[Array]:
-    """One mask for each array of scores, together removing `sparsity` of all.
+    """One mask for each array of scores, True where kept, together removing `sparsity` of all.
 
     `Uniform` removes the fraction from every array; `Global` ranks all scores together, but leaves at least one weight
     in every array so that no layer dies; `ERK` removes more from arrays with more weights, see `erk_densities`.
     """
     shapes = [tuple(int(n) for n in score.shape) for score in scores]
-    sizes = [math.prod(shape) for shape in shapes]
     if not isinstance(allocation, Global):
         counts = removed_counts(shapes, sparsity, allocation)
         return [mask_lowest(s, count, xp=xp) for s, count in zip(scores, counts, strict=True)]
-    flat = xp.concatenate([_spare_highest(s, n, xp=xp) for s, n in zip(scores, sizes, strict=True)])
+    sizes = [math.prod(shape) for shape in shapes]
     count = min(removed_count(sparsity, sum(sizes)), sum(max(n - 1, 0) for n in sizes))
-    together = mask_lowest(flat, count, xp=xp)
-    ends = np.cumsum(sizes).tolist()
-    return [xp.reshape(together[end - n : end], shape) for end, n, shape in zip(ends, sizes, shapes, strict=True)]
+    return _lowest(scores, count, xp=xp, spare=True)
+
+
+def _lowest(scores: list[Array], count: int, *, xp: Namespace, spare: bool = False) -> list[Array]:
+    """Masks without the `count` lowest scores of all arrays, ranked together; ties go by array, then by position.
+
+    spare: the highest score of every array stays, the last where several are equal.
+    """
+    hosted = [xp.on_host(score) for score in scores]
+    if all(array is not None for array in hosted) and hosted:
+        return [xp.from_host(mask) for mask in _lowest(hosted, count, xp=numpy_namespace, spare=spare)]
+    flat = [xp.reshape(score, (math.prod(score.shape),)) for score in scores]
+    if count <= 0:
+        kept = [score == score for score in flat]
+    else:
+        highest = xp.kth_smallest(flat, count - 1)
+        if spare and any(len(score) and not bool(xp.max(score) > highest) for score in flat):
+            flat = [_spare_highest(score, xp=xp) for score in flat]
+            highest = xp.kth_smallest(flat, count - 1)
+        kept = _above(flat, count, highest, xp=xp)
+    return [xp.reshape(mask, tuple(int(n) for n in score.shape)) for mask, score in zip(kept, scores, strict=True)]
+
+
+def _above(flat: list[Array], count: int, highest: Array, *, xp: Namespace) -> list[Array]:
+    """Where the scores lie above `highest`, or equal it and are among the last that do, so that `count` are left out."""
+    kept = [score > highest for score in flat]
+    spared = sum(map(len, flat)) - count - sum(int(xp.count_nonzero(mask)) for mask in kept)
+    for score, mask in zip(reversed(flat), reversed(kept), strict=True):
+        if spared == 0:
+            break
+        ties = score == highest
+        found = int(xp.count_nonzero(ties))
+        if found:
+            first = int(xp.nth_true(ties, max(found - spared, 0)))
+            mask[first:] |= ties[first:]
+            spared -= min(found, spared)
+    return kept
 
 
 def removed_counts(shapes: Sequence[Sequence[int]], sparsity: float, allocation: Allocation) -> list[int]:
@@ -97,10 +116,9 @@ def ranked_in_rows(scores: Array, out_axis: int, *, xp: Namespace) -> Array:
     return xp.reshape(xp.where(flat == -math.inf, xp.full_like(ranks, -math.inf), ranks), shape)
 
 
-def _spare_highest(scores: Array, size: int, *, xp: Namespace) -> Array:
+def _spare_highest(flat: Array, *, xp: Namespace) -> Array:
     """The flat scores, the highest of them, the last where several are, raised to infinity."""
-    flat = xp.reshape(scores, (size,))
-    if size == 0:
+    if len(flat) == 0:
         return flat
     highest = flat == xp.max(flat)
     last = int(xp.nth_true(highest, int(xp.count_nonzero(highest)) - 1))
@@ -140,7 +158,7 @@ def block_mask(
     split, axes = _block_shape(shape, rows, columns, out_axis, in_axis)
     reduced = tuple(1 if d in axes else n for d, n in enumerate(split))
     ones = xp.cast(xp.full_like(xp.reshape(like, split), 1.0), "float32")
-    return xp.reshape(xp.reshape(mask, reduced) * ones, shape)
+    return xp.reshape(xp.reshape(xp.cast(mask, "float32"), reduced) * ones, shape)
 
 
 def _block_shape(
@@ -180,7 +198,9 @@ def unfit(shape: tuple[int, ...], axes: tuple[int, int | None], granularity: Any
 def patterned(
     scores: list[Array], axes: Sequence[tuple[int, int | None]], spec: Prune, sparsity: float, *, xp: Namespace
 ) -> list[Array]:
-    """One mask for each array of scores, in the granularity and allocation of `spec`. axes: (out, in) of each array.
+    """One mask for each array of scores, True where kept, in the granularity and allocation of `spec`.
+
+    axes: (out, in) of each array.
 
     An n:m pattern on the way up keeps more of every m, in proportion to `sparsity`.
     """
@@ -190,10 +210,11 @@ def patterned(
     if isinstance(pattern, NM):
         share = min(sparsity / spec.fraction, 1.0)
         keep = pattern.m - math.floor((pattern.m - pattern.n) * share + 1e-9)
-        return [nm_mask(s, keep, pattern.m, 0 if a[1] is None else a[1], xp=xp) for s, a in zip(scores, axes, strict=True)]
+        masks = [nm_mask(s, keep, pattern.m, 0 if a[1] is None else a[1], xp=xp) for s, a in zip(scores, axes, strict=True)]
+        return [mask > 0 for mask in masks]
     if isinstance(pattern, Block):
         size = pattern.rows, pattern.columns
         blocks = [block_scores(s, *size, *a, xp=xp) for s, a in zip(scores, axes, strict=True)]
         masks = masks_for(blocks, sparsity, spec.allocation, xp=xp)
-        return [block_mask(m, s, *size, *a, xp=xp) for m, s, a in zip(masks, scores, axes, strict=True)]
+        return [block_mask(m, s, *size, *a, xp=xp) > 0 for m, s, a in zip(masks, scores, axes, strict=True)]
     return masks_for(scores, sparsity, spec.allocation, xp=xp)

@@ -37,7 +37,7 @@ class Namespace(Protocol):
     def reshape(self, x: Array, shape: tuple[int, ...]) -> Array: ...
     def concatenate(self, xs: list[Array], axis: int = 0) -> Array: ...
     def argsort(self, x: Array) -> Array: ...
-    def kth_smallest(self, x: Array, k: int) -> Array: ...
+    def kth_smallest(self, xs: list[Array], k: int) -> Array: ...
     def nth_true(self, condition: Array, n: int) -> Array: ...
     def count_nonzero(self, x: Array) -> Array: ...
     def positions(self, x: Array) -> Array: ...
@@ -47,6 +47,8 @@ class Namespace(Protocol):
     def cast(self, x: Array, dtype: str) -> Array: ...
     def log_softmax(self, x: Array, axis: int = -1) -> Array: ...
     def stop_gradient(self, x: Array) -> Array: ...
+    def on_host(self, x: Array) -> Any: ...
+    def from_host(self, x: Any) -> Array: ...
 
 
 class NumpyNamespace:
@@ -89,9 +91,11 @@ class NumpyNamespace:
         return np.argsort(x, kind="stable")
 
     @staticmethod
-    def kth_smallest(x: Array, k: int) -> Array:
-        """What would be at position `k` if the flat array `x` were sorted, found without sorting it."""
-        return np.partition(x, k)[k]
+    def kth_smallest(xs: list[Array], k: int) -> Array:
+        """What would be at position `k` if the flat arrays `xs` were sorted together, found without sorting them."""
+        together = np.concatenate(xs)
+        together.partition(k)
+        return together[k]
 
     @staticmethod
     def nth_true(condition: Array, n: int) -> Array:
@@ -127,6 +131,15 @@ class NumpyNamespace:
     @staticmethod
     def stop_gradient(x: Array) -> Array:
         """`x`: NumPy has no gradients."""
+        return x
+
+    @staticmethod
+    def on_host(x: Array) -> Any:
+        """`x` as a NumPy array, where selecting from one is faster than in this namespace; else None, as here."""
+
+    @staticmethod
+    def from_host(x: Any) -> Array:
+        """A NumPy array as an array of this namespace."""
         return x
 
 
