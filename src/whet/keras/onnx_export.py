@@ -23,6 +23,7 @@ import numpy as np
 
 from whet.errors import ExportError, MissingExtraError, require
 from whet.formats import onnx_external
+from whet.formats.agreement import check_output
 from whet.formats.converters import reason
 from whet.graph.placement import Plan
 from whet.graph.storage import refuse
@@ -39,7 +40,6 @@ from whet.numerics.affine import QParams
 from whet.specs import TARGETS, Target
 
 _WORKER_SECONDS = 1800
-_TOLERANCE = 1e-3  # of the largest output: what float kernels may differ by
 _IR = 10
 _OPSET, _OPSET_WIDE = 18, 21  # the latter has codes of 16 bits
 
@@ -335,7 +335,8 @@ def compare_runs(built: Built, run: Callable[[list[Array]], list[Array]]) -> Non
     for rows in (1, whole) if built.opened else (whole,):
         found = run([array[:rows] for array in built.arrays])
         for number, (mine, its) in enumerate(zip(built.expected, found, strict=True)):
-            _compare(mine if rows == whole else mine[:rows], its, f"output {number}, batch of {rows}", built.quantized)
+            expected = mine if rows == whole else mine[:rows]
+            check_output(expected, its, f"output {number}, batch of {rows}", quantized=built.quantized)
 
 
 def _run_file(path: Path, built: Built, arrays: list[Array]) -> list[Array]:
@@ -349,24 +350,3 @@ def _run_file(path: Path, built: Built, arrays: list[Array]) -> list[Array]:
         version = onnxruntime.__version__
         raise ExportError(f"ONNX Runtime {version} cannot run the exported file: {short(cause)}") from cause
     return found
-
-
-def _compare(reference: Array, got: Array, where: str, quantized: bool) -> None:
-    if reference.shape != got.shape:
-        raise ExportError(f"{where}: the file returns the shape {got.shape}, the model {reference.shape}.")
-    if reference.dtype.kind != "f" or reference.size == 0:
-        return
-    if not np.isfinite(got).all():
-        raise ExportError(f"{where}: the file returns NaN or Inf, the model does not.")
-    error = np.abs(reference.astype(np.float64) - got)
-    largest = float(np.abs(reference).max())
-    spread = float(np.sqrt((reference.astype(np.float64) ** 2).mean()))
-    # Integer kernels round differently by a step here and there; a file that is wrong is off by the size of the outputs.
-    wrong = (
-        float(np.sqrt((error**2).mean())) > 0.5 * spread + 1e-6 if quantized else error.max() > _TOLERANCE * max(largest, 1e-3)
-    )
-    if wrong:
-        raise ExportError(
-            f"{where}: the file differs from the model by up to {error.max():.3g} (outputs reach {largest:.3g}). "
-            "Please report this model; the file was not kept."
-        )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from whet.errors import RuntimeFileError, require
+from whet.formats.converters import quiet
 from whet.runtimes.base import Array, Session, Slot
 
 IDENTIFIER = b"TFL3"
@@ -55,7 +54,7 @@ class LiteRTSession(Session):
         shapes = [array.shape for array in arrays]
         try:
             if shapes != self._shapes:
-                with _quiet():
+                with quiet():
                     for (_, details), shape in zip(self._inputs, shapes, strict=True):
                         if tuple(details["shape"]) != shape or self._shapes:
                             self._interpreter.resize_tensor_input(details["index"], shape)
@@ -97,7 +96,7 @@ def create(path: Path, threads: int) -> Any:
             f"{path.name!r} is not a .tflite file, or is truncated: bytes 4 to 8 must be {IDENTIFIER!r}, got {found!r}."
         )
     try:
-        with _quiet():
+        with quiet():
             interpreter = package.Interpreter(str(path), num_threads=threads)
             interpreter.allocate_tensors()
     except (RuntimeError, ValueError) as cause:
@@ -137,17 +136,3 @@ def _slot(name: str, details: dict[str, Any]) -> Slot:
     scale, zero_point = details["quantization"]
     quantized = dtype.kind in "iu" and scale > 0
     return Slot(name, shape, dtype.name, (float(scale), int(zero_point)) if quantized else None)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Standard error closed to native code: LiteRT announces its delegate there, and raises what matters."""
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)

@@ -6,15 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from whet.errors import ExportError
+from whet.formats.agreement import check_output
 from whet.torch.interception import tensors_in
 from whet.torch.model import call, to_numpy
 from whet.torch.program import row_count, take_rows
-
-_TOLERANCE = 1e-3  # of the largest output: what float kernels may differ by
 
 
 def output_names(outputs: Any, prefix: str = "") -> list[str]:
@@ -47,25 +45,4 @@ def check_runs(model: Any, run: Callable[[Any], list[Any]], path: Path, inputs: 
         for number, (mine, its) in enumerate(zip(expected, got, strict=True)):
             reference = to_numpy(mine)
             where = f"{path.name}, output {number}, batch of {len(index)}"
-            if its.shape != reference.shape:
-                raise ExportError(f"{where}: the file returns the shape {its.shape}, the model {reference.shape}.")
-            _compare(reference, its, where, quantized)
-
-
-def _compare(reference: Any, got: Any, where: str, quantized: bool) -> None:
-    if reference.dtype.kind != "f" or reference.size == 0:
-        return
-    if not np.isfinite(got).all():
-        raise ExportError(f"{where}: the file returns NaN or Inf, the model does not.")
-    error = np.abs(reference.astype(np.float64) - got)
-    largest = float(np.abs(reference).max())
-    # Integer kernels round differently by a step here and there; a file that is wrong is off by the size of the outputs.
-    wrong = (
-        quantized
-        and float(np.sqrt((error**2).mean())) > 0.5 * float(np.sqrt((reference.astype(np.float64) ** 2).mean())) + 1e-6
-    )
-    if wrong or (not quantized and float(error.max()) > _TOLERANCE * max(largest, 1e-3)):
-        raise ExportError(
-            f"{where}: the file differs from the model by up to {error.max():.3g} (outputs reach {largest:.3g}). "
-            "Please report this model; the file was not kept."
-        )
+            check_output(reference, its, where, quantized=quantized)
