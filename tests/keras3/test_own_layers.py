@@ -6,6 +6,7 @@ import pytest
 
 from whet.errors import ModelError
 from whet.keras import predict, remove
+from whet.keras.groups import groups
 from whet.specs import Channel, Prune
 from zoo_keras import images, randomize
 
@@ -178,9 +179,28 @@ class Opaque(L.Layer):
         return shape
 
 
+def frames(i):
+    """A convolution of every frame, and a dense layer at every step."""
+    x = L.TimeDistributed(L.Conv2D(8, 3, activation="relu"), name="conv")(i)
+    x = L.TimeDistributed(L.DepthwiseConv2D(2, use_bias=False), name="depth")(x)
+    x = L.TimeDistributed(L.MaxPooling2D(2))(x)
+    x = L.TimeDistributed(L.Dense(6, activation="relu"), name="each")(L.TimeDistributed(L.GlobalAveragePooling2D())(x))
+    return L.Dense(3, name="end")(L.GlobalAveragePooling1D()(x))
+
+
+def test_layers_at_every_step_lose_channels(tmp_path) -> None:
+    made, left, _ = halved(frames, (5, 7, 7, 2), tmp_path)
+    assert left["conv/conv2d/kernel"] == [3, 3, 2, 4] and left["each/dense/kernel"] == [4, 3]
+    assert made.get_layer("each").layer.units == 3 and made.get_layer("conv").layer.filters == 4
+    i = keras.Input((5, 7, 7, 2))
+    found = groups(keras.Model(i, frames(i)), images(5, 7, 7, 2))
+    assert found.macs_of(lambda layer: layer.startswith("conv")) == 5 * 25 * 9 * 2 * 8
+    assert found.macs_of(lambda layer: layer.startswith("each")) == 5 * 8 * 6
+
+
 def test_what_cannot_be_traced_is_named() -> None:
     i = keras.Input((6, 6, 3))
-    x = L.TimeDistributed(L.Dense(4), name="each")(L.Reshape((16, 8))(L.Conv2D(8, 3, name="a")(i)))
+    x = L.TimeDistributed(L.EinsumDense("ab,bc->ac", 4), name="each")(L.Reshape((16, 8))(L.Conv2D(8, 3, name="a")(i)))
     model = randomize(keras.Model(i, L.Dense(2)(L.GlobalAveragePooling1D()(x))))
     with pytest.raises(ModelError, match="TimeDistributed in each cannot be followed"):
         remove(model, HALF, example=images(6, 6, 3))

@@ -11,7 +11,7 @@ from whet.data import rows
 from whet.errors import ModelError
 from whet.graph.groups import Groups
 from whet.graph.ids import Value
-from whet.keras import clone, dimensions, operations, recurrent_dimensions
+from whet.keras import clone, dimensions, operations, recurrent_dimensions, wrapped_dimensions
 from whet.keras.calls import SHAPE, Call, Count, Edit, Own, Reader, reader_of
 from whet.keras.clone import Program, record, refs, substituted
 from whet.keras.model import arrange, copy, short
@@ -157,7 +157,8 @@ def _input_shapes(path: str, inner: Any, given: list[Value]) -> Edit:
 
 def _rule(call: Call) -> Any:
     if isinstance(call.op, keras.Layer):
-        return dimensions.rule_of(call.op) or recurrent_dimensions.rule_of(call.op)
+        layer = call.op
+        return dimensions.rule_of(layer) or recurrent_dimensions.rule_of(layer) or wrapped_dimensions.rule_of(layer)
     return operations.rule_of(call.op)
 
 

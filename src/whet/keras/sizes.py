@@ -16,6 +16,9 @@ from whet.keras.views import own_weights, unique, walk
 _noted: weakref.WeakKeyDictionary[Any, Sizes] = weakref.WeakKeyDictionary()
 
 
+BUILT = "built"  # an attribute of `Sizes`: the shape that the configuration of a layer inside another says it was built with
+
+
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """What removal has made of a model: {layer or operation path: {attribute: value}}, and the shape of each smaller weight.
@@ -123,6 +126,9 @@ def _set(operation: Any, name: str, value: Any) -> None:
         if isinstance(spec, keras.layers.InputSpec) and spec.axes:
             axes = {axis: value.get(str(axis), n) for axis, n in spec.axes.items()}
             operation.input_spec = keras.layers.InputSpec(ndim=spec.ndim, min_ndim=spec.min_ndim, axes=axes)
+        return
+    if name == BUILT:
+        operation._build_shapes_dict = {"input_shape": value}
         return
     if name == "input_shapes":  # of a nested model
         for tensor, shape in zip(operation.inputs, value, strict=True):
