@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from whet.pipeline.compress import compress
     from whet.pipeline.compressed import Compressed
     from whet.pipeline.expectation import expectation
+    from whet.pipeline.rates import LearningRates, learning_rate
     from whet.pipeline.sensitivity import Sensitivity, sensitivity
     from whet.pipeline.store import load
     from whet.pipeline.teaching import teacher_outputs
@@ -33,6 +34,8 @@ _LAZY = {
     "Compressed": "whet.pipeline.compressed",
     "load": "whet.pipeline.store",
     "distill": "whet.pipeline.verbs",
+    "LearningRates": "whet.pipeline.rates",
+    "learning_rate": "whet.pipeline.rates",
     "expectation": "whet.pipeline.expectation",
     "finish": "whet.pipeline.verbs",
     "fit": "whet.pipeline.verbs",
@@ -64,6 +67,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "Compressed",
     "Evidence",
+    "LearningRates",
     "Report",
     "Sensitivity",
     "StoredOutputs",
@@ -75,6 +79,7 @@ __all__ = [
     "fit",
     "groups",
     "inspect",
+    "learning_rate",
     "load",
     "measure",
     "prune",

@@ -119,7 +119,7 @@ class Epochs(ABC):
     def __init__(self, spec: Train, run: TrainingRun, judge: Judge, masker: Masker, ramp: Ramp | None) -> None:
         self.spec, self.given, self.judge, self.masker, self.ramp = spec, run, judge, masker, ramp
         self.steps = spec.epochs * len(run.train)
-        self.step = 0
+        self.step, self.base_rate = 0, spec.rate
         self.history: list[dict[str, Any]] = []
         self.notes: list[str] = []
 
@@ -209,9 +209,13 @@ class Epochs(ABC):
         masker = self.masker
         return masker.masks(), Step(plain_spec(self.spec), masker.changed(), masker.skipped, seconds, record, masker.unmatched)
 
+    def set_rate(self, rate: float) -> None:
+        """Take steps at this learning rate from now on; for a spec without decay."""
+        self.base_rate = rate
+
     def rate(self, step: int) -> float:
         """The learning rate of `step`: cosine decay to zero (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5)."""
-        rate = self.spec.rate
+        rate = self.base_rate
         return rate if self.spec.decay is None else rate * 0.5 * (1 + math.cos(math.pi * min(step / self.steps, 1)))
 
     def _next(self, at: Standing, shown: Task) -> None:

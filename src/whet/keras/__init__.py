@@ -27,7 +27,7 @@ from whet.keras.regularizers import GroupLassoRegularizer, group_lasso
 from whet.keras.removable import kept, removable, timed_layers
 from whet.keras.removal import borrow, own, remove
 from whet.keras.store import load_model, save_model
-from whet.keras.training import train
+from whet.keras.training import search_rates, train
 from whet.keras.variants import variants
 
 FRAMEWORK = "keras"
@@ -69,6 +69,7 @@ __all__ = [
     "removable",
     "remove",
     "save_model",
+    "search_rates",
     "simulate",
     "soft_targets",
     "timed_layers",

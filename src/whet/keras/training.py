@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -13,6 +13,7 @@ import numpy as np
 
 from whet.errors import DataError, ModelError, SpecError, WhetError
 from whet.graph.epochs import Epochs, Judge, TrainingRun
+from whet.graph.rate_search import search, search_run, search_spec
 from whet.graph.views import Masks
 from whet.keras.distill import Teacher
 from whet.keras.model import arrange, describe, predict, random_state_kept, short
@@ -38,6 +39,24 @@ def train(model: Any, spec: Train, run: TrainingRun) -> tuple[Masks, Step]:
         DataError: batches that the model or the loss cannot take.
     """
     started = time.perf_counter()
+    with _looping(model, spec, run) as loop:
+        stop = loop.run()
+    return loop.told(stop, started, loop.objective.notes)
+
+
+def search_rates(model: Any, spec: Train, run: TrainingRun, rates: Sequence[float]) -> list[float]:
+    """The loss of a step of `spec` at each of `rates` until it diverges; `model` is afterwards as it was.
+
+    Raises:
+        SpecError, ModelError, DataError: as in `train`.
+    """
+    with _looping(model, search_spec(spec, rates[0]), search_run(run)) as loop:
+        return search(loop, rates)
+
+
+@contextlib.contextmanager
+def _looping(model: Any, spec: Train, run: TrainingRun) -> Iterator[_Loop]:
+    """The loop that trains `model`, on its device, with its teacher."""
     if spec.precision is not None:
         raise SpecError(
             f"Train.precision={spec.precision!r} is PyTorch's autocast. A Keras model computes as its layers' dtype "
@@ -53,9 +72,7 @@ def train(model: Any, spec: Train, run: TrainingRun) -> tuple[Masks, Step]:
         objective.check(model, *run.train.first())
         masker = Masker(model, spec.prune, run.masks, run.train, spec.loss)
         judge = Judge(run, lambda inputs: predict(model, inputs))
-        loop = _Loop(model, objective, spec, run, judge, masker, ramp)
-        stop = loop.run()
-    return loop.told(stop, started, objective.notes)
+        yield _Loop(model, objective, spec, run, judge, masker, ramp)
 
 
 def on_device(device: str | None) -> Any:
@@ -121,7 +138,8 @@ class _Loop(Epochs):
         self.trainer = _Student(model, objective, spec.rate)
         # Compiled by XLA only where Keras needs it to be fast, or where it is asked for: on CPU, compiling takes long.
         jit = spec.compile or ("auto" if keras.backend.backend() == "jax" else False)
-        self.trainer.compile(optimizer=self._optimizer(), jit_compile=jit, auto_scale_loss=False)
+        masker.optimizer = self._optimizer()
+        self.trainer.compile(optimizer=masker.optimizer, jit_compile=jit, auto_scale_loss=False)
 
     def _optimizer(self) -> Any:
         rate: Any = self.spec.rate
@@ -152,6 +170,11 @@ class _Loop(Epochs):
             shapes = f"inputs of {describe(inputs)}" + ("" if targets is None else f", targets of {describe(targets)}")
             raise DataError(f"The training step failed in {where} on {shapes}: {short(cause)}") from cause
         return float(logs["loss"])
+
+    def set_rate(self, rate: float) -> None:
+        """Take steps at this learning rate from now on."""
+        super().set_rate(rate)
+        self.trainer.optimizer.learning_rate = rate
 
     def snapshot(self) -> list[Any]:
         """Copies of all weights, batch norm's statistics too."""

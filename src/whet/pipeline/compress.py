@@ -21,6 +21,7 @@ from whet.pipeline.compressed import Compressed, as_metric, outputs_of, placemen
 from whet.pipeline.output import check_output, write_output
 from whet.pipeline.pruning import prune_step
 from whet.pipeline.quantizing import quantize_step
+from whet.pipeline.rates import trained
 from whet.pipeline.side import Model, side_of
 from whet.pipeline.verbs import expect
 from whet.records import Report
@@ -193,7 +194,7 @@ def run_recipe(recipe: Recipe, job: Job, name: str = "recipe") -> Compressed:
                 progress=job.progress,
                 checkpoint=checkpoint,
             )
-            made.masks, record = made.side.train(made.float_model, step, run)
+            made.masks, record = trained(made.side, made.float_model, step, run)
         elif isinstance(step, Prune):
             record = prune_step(made, step, job.train, job.target, progress=job.progress)
         else:

@@ -77,6 +77,9 @@ class Side(Protocol):
     def train(self, model: Model, spec: Train, run: TrainingRun) -> tuple[Masks, Step]:
         """*In place*: train with the techniques in `spec.apply`, masks held after every step, best weights restored."""
 
+    def search_rates(self, model: Model, spec: Train, run: TrainingRun, rates: Sequence[float]) -> list[float]:
+        """The loss of a step of `spec` at each of `rates` until it diverges; `model` is afterwards as it was."""
+
     def quantize(
         self, model: Model, spec: Quantize, target: Target, *, calibration: Batches | None, example: Any, progress: bool
     ) -> tuple[Plan, Step]:

@@ -15,6 +15,7 @@ from whet.graph.summary import Summary
 from whet.pipeline.compressed import Compressed, as_metric, outputs_of, plain_model, start
 from whet.pipeline.pruning import groups, only_removes, prune_step
 from whet.pipeline.quantizing import finish, quantize_step
+from whet.pipeline.rates import trained
 from whet.pipeline.side import Model, side_of
 from whet.pipeline.teaching import teachers_of
 from whet.progress import Log, log_to
@@ -75,7 +76,7 @@ def fit(
         checkpoint=None if checkpoint is None else Path(checkpoint),
         log=log_to(log),
     )
-    compressed.masks, step = compressed.side.train(compressed.float_model, spec, run)
+    compressed.masks, step = trained(compressed.side, compressed.float_model, spec, run)
     compressed.steps += (step,)
     return compressed
 

@@ -27,7 +27,7 @@ from whet.torch.removable import kept, removable, timed_layers
 from whet.torch.removal import remove
 from whet.torch.store import load_model, save_model
 from whet.torch.torchao_tensors import to_torchao
-from whet.torch.training import train
+from whet.torch.training import search_rates, train
 from whet.torch.variants import variants
 
 FRAMEWORK = "torch"
@@ -65,6 +65,7 @@ __all__ = [
     "removable",
     "remove",
     "save_model",
+    "search_rates",
     "simulate",
     "soft_targets",
     "timed_layers",

@@ -47,6 +47,11 @@ class Objective:
         """What the teacher's losses train beside the model, as groups of its optimizer."""
         return [] if self._teacher is None else self._teacher.groups(self._spec.rate)
 
+    @property
+    def notes(self) -> list[str]:
+        """What is to be told of the teacher."""
+        return [] if self._teacher is None else self._teacher.notes
+
     def state(self) -> Any:
         """What the teacher's losses have learned, as a tree of tensors; None without a teacher."""
         return None if self._teacher is None else self._teacher.state()

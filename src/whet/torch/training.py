@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 from whet.errors import DataError, ModelError
 from whet.graph.epochs import Epochs, Judge, TrainingRun
+from whet.graph.rate_search import search, search_run, search_spec
 from whet.graph.views import Masks
 from whet.numerics.schedules import Ramp
 from whet.records import Step
@@ -42,6 +43,27 @@ def train(model: Any, spec: Train, run: TrainingRun) -> tuple[Masks, Step]:
         DataError: batches that the model or the loss cannot take.
     """
     started = time.perf_counter()
+    with _looping(model, spec, run) as loop:
+        stop = loop.run()
+        if loop.alone:
+            loop.notes.append(f"{loop.alone} batches of one example were left out: batch norm cannot train on them")
+        notes = [] if loop.compiler is None else loop.compiler.notes()
+        return loop.told(stop, started, [*notes, *loop.objective.notes])
+
+
+def search_rates(model: Any, spec: Train, run: TrainingRun, rates: Sequence[float]) -> list[float]:
+    """The loss of a step of `spec` at each of `rates` until it diverges; `model` is afterwards as it was.
+
+    Raises:
+        ModelError, DataError: as in `train`.
+    """
+    with _looping(model, search_spec(spec, rates[0]), search_run(run)) as loop:
+        return search(loop, rates)
+
+
+@contextmanager
+def _looping(model: Any, spec: Train, run: TrainingRun) -> Iterator[_Loop]:
+    """The loop that trains `model`, on its device, with its teacher."""
     ramp = run.ramp(spec)
     with (
         seeded(run.seed, run.device),
@@ -53,12 +75,7 @@ def train(model: Any, spec: Train, run: TrainingRun) -> tuple[Masks, Step]:
         judge = Judge(run, lambda inputs: _predict(work, inputs, where))
         if tutor is not None:
             tutor.begin(work, *run.train.first())
-        loop = _Loop(work, Objective(spec, tutor, where, dtype_of(work)), spec, run, judge, masker, ramp, compiler)
-        stop = loop.run()
-        if loop.alone:
-            loop.notes.append(f"{loop.alone} batches of one example were left out: batch norm cannot train on them")
-        notes = [] if compiler is None else compiler.notes()
-        return loop.told(stop, started, [*notes, *([] if tutor is None else tutor.notes)])
+        yield _Loop(work, Objective(spec, tutor, where, dtype_of(work)), spec, run, judge, masker, ramp, compiler)
 
 
 @contextmanager
@@ -104,6 +121,7 @@ class _Loop(Epochs):
             raise ModelError("No parameter has requires_grad=True: there is nothing to train. Unfreeze some, or use prune().")
         groups = [*_decaying(model), *objective.groups()]
         self.optimizer = torch.optim.AdamW(groups, lr=spec.rate, weight_decay=spec.weight_decay)
+        masker.optimizer = self.optimizer
         device = device_of(model).type
         self.scaler = torch.amp.GradScaler(device, enabled=spec.precision == "float16")  # small gradients would be zero
         self.processes = Processes()
