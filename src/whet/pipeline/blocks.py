@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from whet.data import Batches, leaves, primary
 from whet.errors import DataError, ModelError, SpecError
 from whet.graph.block_choice import Left, Measure, choose_blocks, eligible_blocks
 from whet.graph.placement import unmatched
-from whet.graph.shortcuts import Blocks
+from whet.graph.shortcuts import Block, Blocks
 from whet.numerics.layers import output_error
 from whet.pipeline.compressed import Compressed
 from whet.pipeline.sensitivity import classes_of, log_probabilities
@@ -23,25 +24,46 @@ from whet.specs import BlockInfluence, LossChange, Prune, to_dict
 Rows = list[tuple[Any, Any]]
 
 
-def remove_blocks(compressed: Compressed, spec: Prune, data: Batches | None) -> Step:
-    """*In place*: remove whole layers of the float model of `compressed`.
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The blocks that may leave, why others stay, and how blocks are measured."""
+
+    blocks: tuple[Block, ...]
+    skipped: tuple[tuple[str, str], ...]
+    measure: Measure
+
+
+def measured_blocks(compressed: Compressed, found: Blocks, spec: Prune, data: Batches | None) -> Measured:
+    """What `spec` may remove of `found`.
 
     They are measured on the first batches of `data`; without data on the example, for criteria that need no targets.
+
+    Raises:
+        SpecError: the criterion needs targets. ModelError: no layer can leave.
+    """
+    blocks, skipped = eligible_blocks(found, spec)
+    return Measured(blocks, skipped, _measure(found, [b.name for b in blocks], spec.criterion, _rows(compressed, spec, data)))
+
+
+def remove_blocks(compressed: Compressed, spec: Prune, data: Batches | None) -> Step:
+    """*In place*: remove whole layers of the float model of `compressed`; see `measured_blocks`.
 
     Raises:
         SpecError: the criterion needs targets. ModelError: no layer can leave, or the budget cannot be met.
     """
     started = time.perf_counter()
     found: Blocks = compressed.side.blocks(compressed.float_model, compressed.example)
-    blocks, skipped = eligible_blocks(found, spec)
-    rows = _rows(compressed, spec, data)
-    before = found.size()
-    left = choose_blocks(
-        blocks, spec, before, _measure(found, [b.name for b in blocks], spec.criterion, rows), greedy=_is_greedy(spec)
-    )
+    known = measured_blocks(compressed, found, spec, data)
+    left = choose_blocks(known.blocks, spec, found.size(), known.measure, greedy=_is_greedy(spec))
+    step = step_of(spec, found, known, left)
     compressed.float_model, compressed.masks = found.remove(left.names, compressed.masks)
-    known = {block.name: block for block in blocks}
-    removed = [known[name] for name in left.names]
+    return replace(step, seconds=time.perf_counter() - started)
+
+
+def step_of(spec: Prune, found: Blocks, known: Measured, left: Left) -> Step:
+    """What is told of blocks that leave."""
+    before = found.size()
+    removed = [block for block in known.blocks if block.name in left.names]
     after = {name: getattr(before, name) - sum(getattr(b, name) for b in removed) for name in ("macs", "parameters", "bytes")}
     return Step(
         to_dict(spec),
@@ -49,8 +71,8 @@ def remove_blocks(compressed: Compressed, spec: Prune, data: Batches | None) -> 
             {"name": block.name, "parameters": block.parameters, "sparsity": 1.0, "sensitivity": left.importance[block.name]}
             for block in removed
         ),
-        tuple({"name": name, "reason": reason} for name, reason in (*skipped, *_stayed(left))),
-        time.perf_counter() - started,
+        tuple({"name": name, "reason": reason} for name, reason in (*known.skipped, *_stayed(left))),
+        0.0,
         unmatched=tuple(unmatched(dict.fromkeys(found.names, ()), (*spec.keep, *(spec.include or ())))),
         control={
             "layers": {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -30,9 +31,11 @@ _SECONDS = 1.5  # of timing whole files
 _NEAR = 0.02  # of the limit: what two measurements of one file may differ by
 _SPARE = 0.85  # a file faster than this part of its limit has lost more than it had to
 
+Chosen = TypeVar("Chosen")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Trial:
+class Trial:
     """One choice, measured. ms: of the pruned file and of the original, timed in alternation."""
 
     model: Any
@@ -63,51 +66,91 @@ def prune_to_latency(compressed: Compressed, spec: Prune, data: Batches | None, 
     options = [found.options(family, round_to=spec.round_to, most=MOST_WIDTHS) for family in found.families]
     losses = [found.losses(index, row) for index, row in enumerate(options)]
     with tempfile.TemporaryDirectory(prefix="whet-") as folder:
-        file = _export(compressed, compressed.float_model, target, Path(folder) / f"original{target.suffix}")
-        (alone,) = _time(compressed, [file])
-        original = float(np.median(alone.ms))
-        limit = latency_limit(_latency(spec), original)
-        if original <= limit:
-            raise SpecError(f"The model's file takes {original:.3g} ms and fits Prune(latency={spec.latency!r}) as it is.")
+        file = exported(compressed, compressed.float_model, target, Path(folder) / f"original{target.suffix}")
+        original, limit = asked(compressed, spec, file)
         layers = side.timed_layers(compressed.float_model, compressed.example)
         stand_in = target if target.runtime in _QUICK else find_target("onnxruntime", side.FRAMEWORK)
         table = latency_table(side, layers, found, options, stand_in, progress=progress)
         full = total_ms(table.terms, [0] * len(options))
-        wanted, trials = original - limit, list[_Trial]()
-        for number in range(ROUNDS):
-            try:
-                chosen = choose_widths(losses, table.terms, full - wanted)
-            except BudgetError as cause:
-                if trials:
-                    break
-                raise _impossible(spec, original, limit, full, cause.least) from cause
-            predicted = original - full + total_ms(table.terms, chosen)
+
+        def choose(wanted: float) -> tuple[list[int], float, float]:
+            chosen = choose_widths(losses, table.terms, full - wanted)
             lost = [options[family][option] for family, option in enumerate(chosen)]
             loss = sum(losses[family][option] for family, option in enumerate(chosen))
+            return lost, loss, original - full + total_ms(table.terms, chosen)
+
+        def tried(lost: list[int], number: int, loss: float, predicted: float) -> Trial:
             path = Path(folder) / f"{number}{target.suffix}"
-            trials.append(_tried(compressed, spec, found, lost, target, file, path, (loss, predicted)))
-            again = _corrected(trials[-1], limit / original, wanted, original)
-            if again is None:
-                break
-            wanted = again
-    best = min(trials, key=lambda trial: (not trial.holds(limit / original), _worth(trial, limit / original)))
+            return _tried(compressed, spec, found, lost, target, file, path, (loss, predicted))
+
+        try:
+            trials = rounds(choose, tried, limit / original, original)
+        except BudgetError as cause:
+            raise impossible(
+                spec, original, limit, original - full + cause.least, f"lower round_to={spec.round_to}, "
+            ) from cause
+    best = best_of(trials, limit / original)
     compressed.float_model, compressed.masks = best.model, best.masks
-    control = {"latency": _record(target, table, trials, best, original, limit / original)}
+    control = {"latency": record_of(target, table, trials, best, original, limit / original)}
     return replace(best.step, spec=to_dict(spec), seconds=time.perf_counter() - started, control=control)
 
 
-def _latency(spec: Prune) -> float | str:
+def rounds(
+    choose: Callable[[float], tuple[Chosen, float, float]],
+    tried: Callable[[Chosen, int, float, float], Trial],
+    limit: float,
+    original: float,
+) -> list[Trial]:
+    """What was tried until a measured time is near `limit`, a fraction of `original` ms, or `ROUNDS` are over.
+
+    choose: (what leaves, its loss, the predicted ms) for ms to be saved by the table. tried: remove it for real, and measure.
+
+    Raises:
+        BudgetError: so much cannot be saved.
+    """
+    wanted, trials = original * (1 - limit), list[Trial]()
+    for number in range(ROUNDS):
+        try:
+            lost, loss, predicted = choose(wanted)
+        except BudgetError:
+            if trials:
+                break
+            raise
+        trials.append(tried(lost, number, loss, predicted))
+        again = _corrected(trials[-1], limit, wanted, original)
+        if again is None:
+            break
+        wanted = again
+    return trials
+
+
+def best_of(trials: list[Trial], limit: float) -> Trial:
+    """Of those that hold the limit the least loss, else the least time."""
+    return min(trials, key=lambda trial: (not trial.holds(limit), _worth(trial, limit)))
+
+
+def asked(compressed: Compressed, spec: Prune, file: Path) -> tuple[float, float]:
+    """The original's time, and how long the pruned file may take, in ms.
+
+    Raises:
+        SpecError: the original is as fast already.
+    """
     if spec.latency is None:
         raise SpecError("Pruning to a latency needs Prune(latency=…).")
-    return spec.latency
+    (alone,) = time_files(compressed, [file])
+    original = float(np.median(alone.ms))
+    limit = latency_limit(spec.latency, original)
+    if original <= limit:
+        raise SpecError(f"The model's file takes {original:.3g} ms and fits Prune(latency={spec.latency!r}) as it is.")
+    return original, limit
 
 
-def _worth(trial: _Trial, limit: float) -> float:
+def _worth(trial: Trial, limit: float) -> float:
     """Of those that hold the least loss, else the least time."""
     return trial.loss if trial.holds(limit) else trial.ms / trial.original
 
 
-def _corrected(trial: _Trial, limit: float, wanted: float, original: float) -> float | None:
+def _corrected(trial: Trial, limit: float, wanted: float, original: float) -> float | None:
     """The saving to ask of the table next, in ms, when this trial was promised `wanted`; None where it is near enough."""
     promised, kept = original - trial.predicted, (1 - trial.ms / trial.original) * original
     if trial.holds(limit) and trial.ms >= _SPARE * limit * trial.original:
@@ -126,37 +169,41 @@ def _tried(
     original: Path,
     path: Path,
     told: tuple[float, float],
-) -> _Trial:
+) -> Trial:
     """Remove for real, on a copy, export, and time beside the original."""
     side = compressed.side
     cut = Prune(granularity=found.named(lost), rebuild=spec.rebuild)
     model, masks, step = side.remove(
         side.copy(compressed.float_model), cut, example=compressed.example, masks=compressed.masks, data=None
     )
-    _export(compressed, model, target, path)
-    before, after = (float(np.median(times.ms)) for times in _time(compressed, [original, path]))
-    return _Trial(model, masks, step, *told, after, before)
+    exported(compressed, model, target, path)
+    before, after = (float(np.median(times.ms)) for times in time_files(compressed, [original, path]))
+    return Trial(model, masks, step, *told, after, before)
 
 
-def _export(compressed: Compressed, model: Any, target: Target, path: Path) -> Path:
+def exported(compressed: Compressed, model: Any, target: Target, path: Path) -> Path:
+    """The float file of `model`, at `path`."""
     compressed.side.export(model, None, target, path, example=compressed.example)
     return path
 
 
-def _time(compressed: Compressed, files: list[Path]) -> list[Timings]:
+def time_files(compressed: Compressed, files: list[Path]) -> list[Timings]:
+    """Files in alternation: one row, one thread, one processor."""
     example = take(compressed.example, np.arange(1) % rows(compressed.example))
     with pinned():
         return alternate([open_session(file, threads=1) for file in files], example, budget_s=_SECONDS)
 
 
-def _impossible(spec: Prune, original: float, limit: float, full: float, least: float) -> ModelError:
+def impossible(spec: Prune, original: float, limit: float, least: float, lower: str = "") -> ModelError:
+    """That the file cannot come down to the limit. least: what it can, in ms; lower: what else would help."""
     return ModelError(
         f"Prune(latency={spec.latency!r}) allows {limit:.3g} ms of {original:.3g}, and by the table of its layers the file can "
-        f"come down to {original - full + least:.3g} ms. Allow more, lower round_to={spec.round_to}, or loosen keep=."
+        f"come down to {least:.3g} ms. Allow more, {lower}or loosen keep=."
     )
 
 
-def _record(target: Target, table: Table, trials: list[_Trial], best: _Trial, original: float, limit: float) -> dict[str, Any]:
+def record_of(target: Target, table: Table, trials: list[Trial], best: Trial, original: float, limit: float) -> dict[str, Any]:
+    """What a report holds of it."""
     measured, predicted = best.ms / best.original, best.predicted / original
     sentence = (
         f"{target.name}: {best.ms:.3g} ms beside the original's {best.original:.3g} in the same run, {measured:.2f} of it; "

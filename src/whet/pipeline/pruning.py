@@ -9,6 +9,7 @@ from typing import Any
 from whet.data import Batches
 from whet.errors import DataError
 from whet.graph.groups import Groups
+from whet.pipeline.block_latency import remove_blocks_to_latency
 from whet.pipeline.blocks import remove_blocks
 from whet.pipeline.compressed import Compressed, plain_model
 from whet.pipeline.expectation import expectation
@@ -50,11 +51,13 @@ def _pruned(compressed: Compressed, spec: Prune, data: Batches | None, target: T
         raise DataError(f"{what} and needs a batch: pass example= or train=.")
     if by_sensitivity:
         return prune_by_sensitivity(compressed, spec, data, progress=progress)
-    if isinstance(spec.granularity, Layer):
-        return remove_blocks(compressed, spec, data)
     if spec.latency is not None:
         rules = find_target(None, compressed.side.FRAMEWORK) if target is None else target
+        if isinstance(spec.granularity, Layer):
+            return remove_blocks_to_latency(compressed, spec, data, rules, progress=progress)
         return prune_to_latency(compressed, spec, data, rules, progress=progress)
+    if isinstance(spec.granularity, Layer):
+        return remove_blocks(compressed, spec, data)
     if spec.removes:
         compressed.float_model, compressed.masks, step = compressed.side.remove(
             compressed.float_model, spec, example=compressed.example, masks=compressed.masks, data=data

@@ -251,8 +251,8 @@ class Prune:
             )
         if isinstance(self.allocation, BySensitivity) and self.sparsity is None:
             raise SpecError("BySensitivity distributes a sparsity: write sparsity= in the place of the budget.")
-        if isinstance(self.granularity, Layer) and self.latency is not None:
-            raise SpecError("Whole layers are not chosen by latency: write macs=, or granularity=Channel().")
+        if self.latency is not None and getattr(self.criterion, "greedy", False):
+            raise SpecError("Prune(latency=…) chooses all layers together: leave greedy= out.")
         if self.removes and not isinstance(self.schedule, OneShot):
             raise SpecError(
                 f"{name}() is removed at once: leave schedule= out, then train what is left; Recipe([Prune(…), Train(…)])."
