@@ -113,6 +113,56 @@ def test_what_is_heard_is_what_torch_computes():
     np.testing.assert_allclose(powers / powers.sum(-1, keepdims=True), weights.detach().numpy(), atol=1e-6)
 
 
+def bert(kind, heads=2, width=8):
+    """Two layers of Hugging Face's BERT, nothing downloaded."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=11,
+        hidden_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        intermediate_size=16,
+        max_position_embeddings=8,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        attn_implementation=kind,
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+class Written(Own):
+    """The same attention as most tutorials write it."""
+
+    def _attend(self, x, mask):
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in self.qkv)
+        scores = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).masked_fill(mask[:, None, None] == 0, float("-inf"))
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("name", ["bert.encoder.layer.1.attention.self", "attend"])
+def test_attention_written_out_is_heard_as_the_function_is(name):
+    inputs, labels = sentences()
+    if name == "attend":
+        models = [seeded(lambda kind=kind: kind(2, 8)) for kind in (Own, Written)]
+    else:
+        models = [seeded(lambda kind=kind: bert(kind)).eval() for kind in ("sdpa", "eager")]
+        inputs = {"input_ids": inputs["ids"], "attention_mask": inputs["attention_mask"]}
+    one, other = (heard(model, name, inputs) for model in models)
+    real = inputs["attention_mask"] != 0
+    assert one.query.shape == (24, 2, 7, 4) and (one.scale or 0.5) == pytest.approx(other.scale)
+    for part in ("query", "key", "value"):
+        np.testing.assert_allclose(getattr(other, part), getattr(one, part), atol=1e-5)
+    np.testing.assert_array_equal(np.broadcast_to(other.allowed, (24, 1, 7, 7))[:, 0, 0], real)
+    teacher = seeded(lambda: bert("sdpa", 4, 12) if name != "attend" else Own(4, 12), 1)
+    found = []
+    for model in models:
+        spec = Train(epochs=1, learning_rate=1e-9, apply=[Distill(losses_of(name, name), student_weight=0)])
+        _, step = run_training(model, spec, teacher=teacher, train=Batches((inputs, labels), "train"), val=None)
+        found.append(step.train["history"][0]["loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and found[0] > 1e-6
+
+
 def test_fewer_layers_learn_from_every_second_one():
     student, teacher = seeded(lambda: Encoder(2, 8)), seeded(lambda: Encoder(4, 12, layers=4), 1)
     layers = "encoder.layers.?"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ Hear = Callable[[Attention], None]
 
 
 def hear_attention(module: Any, hear: Hear) -> list[Any]:
-    """Hooks that call `hear` with what `module` computes: it is an `nn.MultiheadAttention`, or calls torch's
-    `scaled_dot_product_attention` somewhere inside (as Hugging Face's models do); the last call counts."""
+    """Hooks that call `hear` with what `module` computes: it is an `nn.MultiheadAttention`, or somewhere inside calls torch's
+    `scaled_dot_product_attention`, or multiplies, takes a softmax and multiplies (as Hugging Face's models do, the latter
+    with `attn_implementation="eager"`); the last call counts."""
     if isinstance(module, nn.MultiheadAttention):
         return [
             module.register_forward_hook(lambda own, args, kwargs, _: hear(_of_module(own, args, kwargs)), with_kwargs=True)
@@ -49,16 +51,66 @@ def plain_attention() -> Iterator[None]:
 
 
 class _Watch(TorchFunctionMode):  # type: ignore[misc]  # torch is Any to the type checker
-    """Sees every call of `scaled_dot_product_attention` while it is entered."""
+    """Sees every attention while it is entered: `scaled_dot_product_attention`, and what is written out in products."""
 
     def __init__(self, hear: Hear) -> None:
         super().__init__()
         self._hear = hear
+        self._scores: dict[int, _Scores] = {}  # by the id of the tensor, which they hold
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
         if func is functional.scaled_dot_product_attention:
             self._hear(_of_call(*args, **(kwargs or {})))
-        return func(*args, **(kwargs or {}))
+        elif isinstance(result, torch.Tensor) and result.ndim == 4 and args:
+            self._follow(getattr(func, "__name__", "").strip("_"), result, args, kwargs or {})
+        return result
+
+    def _follow(self, name: str, result: Any, args: Any, kwargs: Any) -> None:
+        """From `q·kᵀ` through scale, mask, softmax and dropout to the product with the values."""
+        first, second = args[0], args[1] if len(args) > 1 else kwargs.get("other", kwargs.get("mask"))
+        known = self._scores.get(id(first))
+        if known is None or known.tensor is not first:
+            if name == "matmul" and isinstance(second, torch.Tensor) and second.ndim == 4:
+                self._scores[id(result)] = _Scores(result, first, second.transpose(-1, -2))
+            return
+        if name == "matmul" and known.is_softmax and isinstance(second, torch.Tensor) and second.ndim == 4:
+            self._hear(Attention(known.query, known.key, second, known.allowed, known.scale))
+        elif not known.is_softmax and (found := known.changed(name, second)) is not None:
+            self._scores[id(result)] = replace(found, tensor=result)
+        elif name in _KEEPS or (name == "softmax" and not known.is_softmax):
+            self._scores[id(result)] = replace(known, tensor=result, is_softmax=known.is_softmax or name == "softmax")
+
+
+_KEEPS = frozenset({"dropout", "to", "type_as", "float", "half", "bfloat16", "contiguous", "clone"})
+_PRODUCTS = {"mul": 1, "rmul": 1, "multiply": 1, "imul": 1, "div": -1, "truediv": -1, "divide": -1, "itruediv": -1}
+_SUMS = frozenset({"add", "radd", "iadd"})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Scores:
+    """A tensor of scores (n, h, l, l), or of their softmax, on the way through a module."""
+
+    tensor: Any
+    query: Any
+    key: Any
+    scale: float = 1.0
+    allowed: Any = None
+    is_softmax: bool = False
+
+    def changed(self, name: str, other: Any) -> _Scores | None:
+        """These scores scaled or masked; None where the operation does neither."""
+        if name in _PRODUCTS and (not isinstance(other, torch.Tensor) or other.numel() == 1):
+            return replace(self, scale=self.scale * float(other) ** _PRODUCTS[name])
+        if name in _SUMS and isinstance(other, torch.Tensor):
+            return self._where(other > _FORBIDDEN)
+        if name == "masked_fill" and isinstance(other, torch.Tensor):
+            return self._where(~other)
+        return None
+
+    def _where(self, allowed: Any) -> _Scores:
+        allowed = allowed[(None,) * (4 - allowed.ndim)]
+        return replace(self, allowed=allowed if self.allowed is None else self.allowed & allowed)
 
 
 def _of_call(
