@@ -85,11 +85,15 @@ def test_a_siamese_tower_is_cut_once() -> None:
     assert len(made.get_layer("tower").weights) == 4
 
 
-def test_a_wrapped_weight_is_named() -> None:
-    i = keras.Input((8, 8, 3))
+def test_a_wrapped_weight_is_named_and_what_surrounds_it_leaves() -> None:
+    i, why = keras.Input((8, 8, 3)), "SpectralNormalization in spectral cannot be followed"
     x = L.SpectralNormalization(L.Conv2D(8, 3), name="spectral")(i)
-    with pytest.raises(ModelError, match="SpectralNormalization in spectral cannot be followed"):
+    with pytest.raises(ModelError, match=why):
         cut(i, L.Dense(2)(L.GlobalAveragePooling2D()(x)), images(8, 8, 3))
+    after = L.GlobalAveragePooling2D()(L.Conv2D(6, 3, activation="relu", name="after")(x))
+    made, left, step = cut(i, L.Dense(2, name="end")(after), images(8, 8, 3))
+    assert left["after/kernel"] == [3, 3, 8, 3] and left["end/kernel"] == [3, 2]
+    assert made.get_layer("spectral").layer.filters == 8 and why in str(step.skipped)
 
 
 def test_norms_without_scale_or_offset_and_frozen_backbones() -> None:

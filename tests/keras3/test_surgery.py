@@ -228,7 +228,7 @@ def test_half_precision_and_masks_go_along() -> None:
     assert masks["a/kernel"].shape == (3, 3, 3, 4) and not masks["a/kernel"][0, 0].any()
 
 
-KINDS = "conv add concat depthwise grouped transposed norm shuffle gate halves groups attention rows".split()
+KINDS = "conv add concat depthwise grouped transposed norm shuffle gate halves groups attention rows steps".split()
 
 
 def chain(kinds, numbers, is_flat):
@@ -263,6 +263,8 @@ def chain(kinds, numbers, is_flat):
             x = L.Reshape((8, 8, width))(flat + L.MultiHeadAttention(2 * n, 3)(flat, flat))
         elif kind == "rows":
             x = L.Reshape((8, 8, 2 * n))(L.GRU(2 * n, return_sequences=True)(L.Reshape((64, width))(x)))
+        elif kind == "steps":
+            x = L.TimeDistributed(L.Conv1D(4 * n, 3, padding="same", activation="relu"))(x)
         else:
             x = L.Conv2D(8, 1, activation="tanh")(x)
     x = L.Flatten()(x) if is_flat else L.GlobalMaxPooling2D()(x)
