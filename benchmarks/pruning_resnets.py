@@ -1,7 +1,8 @@
 """Channels removed from cifar10/resnet20 and resnet56, trained with the original as teacher, and run by ONNX Runtime.
 
-    python benchmarks/pruning_resnets.py resnet20 resnet56     # as the recipes below say
-    python benchmarks/pruning_resnets.py resnet20 --epochs 0   # removal and latency alone
+    python benchmarks/pruning_resnets.py [resnet20 resnet56] --out FOLDER   # as the recipes below say: half an hour
+    python benchmarks/pruning_resnets.py [resnet20 resnet56] --out FOLDER --again   # what it saved, measured again
+    python benchmarks/pruning_resnets.py resnet20 --epochs 0                # removal and latency alone
 
 The shortcuts are of option A (a pad by a literal number of channels), so that the channels between blocks stay, and what leaves
 are whole blocks, and channels inside the others. ONNX Runtime computes output channels in blocks of 16 on AVX-512, so that 8
@@ -12,8 +13,6 @@ saves as much time as it saves MACs. Too many blocks cost accuracy: those named 
 from __future__ import annotations
 
 import argparse
-import os
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +20,7 @@ from typing import Any
 
 import cifar
 import numpy as np
+import tables
 import torch
 from qat import Crops
 
@@ -39,31 +39,39 @@ class Recipe:
     cuts: tuple[tuple[float, tuple[str, ...]], ...]
     epochs: int
     rate: float
+    features: float = 1.0
 
 
 RECIPES = {
     "resnet20": Recipe(
-        ("layer1.1",),
-        ((0.5, ("layer1.0", "layer2.[12]", "layer3.[012]")),),
+        (),
+        (
+            (0.5, ("layer1.0", "layer2.[012]", "layer3.[01]")),
+            (0.5625, ("layer3.2",)),
+            (0.25, ("layer1.1",)),
+        ),
         epochs=5,
         rate=0.02,
     ),
     "resnet56": Recipe(
-        ("layer1.5", "layer1.8", "layer2.4", "layer2.8"),
+        ("layer1.5", "layer1.8", "layer2.4", "layer2.7", "layer2.8"),
         (
-            (0.6, ("layer2.[123567]",)),
-            (0.5, ("layer1.[0234]", "layer3.[0-8]")),
+            (0.5, ("layer1.[0234]", "layer2.[1235]", "layer3.[0-8]")),
+            (0.6, ("layer2.6",)),
         ),
         epochs=5,
         rate=0.02,
     ),
 }
+BARS = {"resnet20": (1.7, 87.3, 1.4), "resnet56": (2.1, 89.4, 1.6)}  # times fewer MACs, top-1, times faster
 
 
 def pruned(original: Any, recipe: Recipe, data: list[Any]) -> Any:
     """The original without the blocks of `recipe`, and without the channels that Taylor's criterion chooses on `data`."""
-    leaving = Prune(granularity=Layer(len(recipe.blocks)), include=recipe.blocks)
-    made: Any = whet.prune(original, leaving, train=data, progress=False)
+    made: Any = original
+    if recipe.blocks:
+        leaving = Prune(granularity=Layer(len(recipe.blocks)), include=recipe.blocks)
+        made = whet.prune(made, leaving, train=data, progress=False)
     for fraction, blocks in recipe.cuts:
         spec = Prune(
             fraction,
@@ -77,24 +85,31 @@ def pruned(original: Any, recipe: Recipe, data: list[Any]) -> Any:
 
 
 def train(made: Any, teacher: Any, batches: Crops, recipe: Recipe, weight: float, place: Path) -> None:
-    """SGD as in ResNet's paper, on `weight` · soft targets and the rest cross-entropy; bfloat16 where torch.autocast allows."""
+    """SGD as in ResNet's paper, on `weight` · soft targets, the rest cross-entropy, and the outputs of the three stages.
+
+    These keep their shapes, so that the pruned ones can follow the original's (FitNets; Romero et al. 2015, arXiv:1412.6550).
+    """
     student = made.model
     optimizer = torch.optim.SGD(student.parameters(), recipe.rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
     total = max(recipe.epochs * len(batches), 1)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + np.cos(np.pi * step / total)))
     for model in (student, teacher):
         model.to(memory_format=torch.channels_last)
+    hooks: list[Any] = []
+    heard, taught = heard_stages(student, hooks), heard_stages(teacher, hooks)
     for epoch in range(recipe.epochs):
         student.train()
-        started, losses = time.process_time(), []
+        clock, losses = tables.Clock(), []
         for step, (x, y) in enumerate(batches):
             images = torch.from_numpy(x).to(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16):
                 with torch.no_grad():
-                    taught = teacher(images)
+                    wanted = teacher(images)
                 outputs = student(images)
-            soft = whet.torch.soft_targets(outputs, taught, 4.0)
+            soft = whet.torch.soft_targets(outputs, wanted, 4.0)
             loss = (1 - weight) * torch.nn.functional.cross_entropy(outputs.float(), torch.from_numpy(y)) + weight * soft
+            for one, other in zip(heard.values(), taught.values(), strict=True):
+                loss = loss + recipe.features * torch.mean((one.float() - other.float()) ** 2) / torch.mean(other.float() ** 2)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -102,72 +117,101 @@ def train(made: Any, teacher: Any, batches: Crops, recipe: Recipe, weight: float
             losses.append(loss.item())
             if step % 100 == 99:
                 print(f"    step {step + 1} of {len(batches)}: loss {np.mean(losses[-100:]):.4f}", flush=True)
-        spent = time.process_time() - started
-        print(f"  epoch {epoch + 1}: loss {np.mean(losses):.4f}, {spent:.0f} s of processor time", flush=True)
+        print(f"  epoch {epoch + 1}: loss {np.mean(losses):.4f}, {clock.seconds()[1]:.0f} s of processor time", flush=True)
         made.save(place, overwrite=True)
+    for hook in hooks:
+        hook.remove()
     student.eval().to(memory_format=torch.contiguous_format)
 
 
-def run(name: str, recipe: Recipe, args: argparse.Namespace) -> None:
+def heard_stages(model: Any, hooks: list[Any]) -> dict[str, torch.Tensor]:
+    """The outputs of the model's three stages, after every call of it, until the `hooks` are removed."""
+    found: dict[str, torch.Tensor] = {}
+    for name in ("layer1", "layer2", "layer3"):
+        hear = lambda _, __, output, name=name: found.__setitem__(name, output)  # noqa: E731
+        hooks.append(getattr(model, name).register_forward_hook(hear))
+    return found
+
+
+def run(name: str, recipe: Recipe, table: tables.Table, args: argparse.Namespace) -> None:
     """Prune, train, export, and measure beside the original."""
     original = getattr(cifar, name)()
-    x, y = cifar.images("train", 50_000)
-    order = np.random.default_rng(args.seed).permutation(len(x))[: args.examples]  # they are sorted by class
-    x, y = x[order], y[order]
-    started = time.perf_counter()
-    if args.start:
-        made = whet.load(args.start, model=getattr(cifar, name)())
-    else:
-        made = pruned(original, recipe, [(x[i : i + 128], y[i : i + 128]) for i in range(0, 512, 128)])
-    seconds = time.perf_counter() - started
-    before, after = whet.inspect(original, x[:1]), whet.inspect(made.model, x[:1])
-    print(f"{name}: {before.macs:,} → {after.macs:,} MACs, x {before.macs / after.macs:.2f} fewer; parameters", end=" ")
-    print(f"{before.parameters:,} → {after.parameters:,}; chosen and removed in {seconds:.1f} s", flush=True)
+    x, y = cifar.images("train", args.examples)
     with TemporaryDirectory() as folder:
         place = Path(args.out or folder)
         place.mkdir(parents=True, exist_ok=True)
-        train(made, getattr(cifar, name)(), Crops(x, y, args.batch), recipe, args.teacher, place / f"{name}-pruned")
-        measure(name, original, made, place, args)
+        saved = place / f"{name}-pruned"
+        if args.again:
+            made = whet.load(saved, model=getattr(cifar, name)())
+        else:
+            clock = tables.Clock()
+            made = pruned(original, recipe, [(x[i : i + 128], y[i : i + 128]) for i in range(0, 512, 128)])
+            print(f"chosen and removed in {clock.seconds()[1]:.1f} s of processor time", flush=True)
+            train(made, getattr(cifar, name)(), Crops(x, y, args.batch), recipe, args.teacher, saved)
+        measure(name, original, made, table, place, args)
 
 
-def measure(name: str, original: Any, made: Any, place: Path, args: argparse.Namespace) -> None:
-    """Export both and run them in alternation; print accuracies with intervals, sizes, latencies and their ratios."""
+def measure(name: str, original: Any, made: Any, table: tables.Table, place: Path, args: argparse.Namespace) -> None:
+    """Export both and run them in alternation: accuracies with intervals, and how many times fewer MACs and milliseconds."""
     test = cifar.images("test", args.tested)
     data = [(test[0][i : i + 500], test[1][i : i + 500]) for i in range(0, len(test[0]), 500)]
     files = {"original": place / f"{name}.onnx", "pruned": place / f"{name}-pruned.onnx"}
-    whet.torch.export(original, None, find_target("onnxruntime", "torch"), files["original"], example=test[0][:8])
-    made.export(files["pruned"], overwrite=True)
+    for model, file in zip((original, made.model), files.values(), strict=True):
+        file.unlink(missing_ok=True)
+        whet.torch.export(model, None, find_target("onnxruntime", "torch"), file, example=test[0][:8])
     found = gather(files, data, Metric(ACCURACY.fn, name="accuracy"), batches=(8, 1), threads=1, progress=False)
-    for row in found.values():
-        print(f"  {row.evidence}", flush=True)
     one, two = found["original"], found["pruned"]
-    print(f"  {name} loses {paired_drop(one.scores, two.scores)} of accuracy; load {os.getloadavg()[0]:.0f}", flush=True)
-    for before, after in zip(one.evidence.latencies, two.evidence.latencies, strict=True):
-        print(
-            f"  batch {before.batch}: {before.p50:.3f} -> {after.p50:.3f} ms, x {before.p50 / after.p50:.2f} faster", flush=True
-        )
+    before, after = whet.inspect(original, test[0][:1]), whet.inspect(made.model, test[0][:1])
+    fewer, top1, faster = BARS[name]
+    right = [int(np.sum(row.scores)) for row in (one, two)]
+    low, high = paired_drop(one.scores, two.scores)
+    table.add(f"{name}: MACs", f"{before.macs:,}", f"{after.macs:,}", *ratio(before.macs, after.macs, fewer))
+    table.add(
+        f"{name}: parameters", f"{before.parameters:,}", f"{after.parameters:,}", *ratio(before.parameters, after.parameters)
+    )
+    cells = [tables.top1(n, len(row.scores)) for n, row in zip(right, (one, two), strict=True)]
+    told = tables.against(100 * right[1] / len(two.scores), top1)
+    table.add(f"{name}: top-1 of the files, %", *cells, f"loses {100 * low:.2f} to {100 * high:.2f}", told)
+    for old, new in zip(one.evidence.latencies, two.evidence.latencies, strict=True):
+        cells = [f"{old.p50:.3f}", f"{new.p50:.3f}", *ratio(old.p50, new.p50, faster)]
+        table.add(f"{name}: median ms at batch {old.batch}", *cells)
+
+
+def ratio(before: float, after: float, bar: float | None = None) -> tuple[str, str]:
+    """How many times less, and whether that was to be reached."""
+    return f"{before / after:.2f} times", "" if bar is None else tables.against(round(before / after, 2), bar, unit=" times")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", choices=sorted(RECIPES))
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--rate", type=float)
-    parser.add_argument("--teacher", type=float, default=0.9, help="weight of the teacher's soft targets")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--examples", type=int, default=50_000)
-    parser.add_argument("--tested", type=int, default=10_000)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", help="a folder that an earlier run saved: its model is trained further")
-    parser.add_argument("--out", help="a folder that keeps the models and files")
-    args = parser.parse_args()
+    """Print the table."""
+    options = tables.parser(__doc__)
+    options.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(RECIPES)}; all without one")
+    options.add_argument("--epochs", type=int)
+    options.add_argument("--rate", type=float)
+    options.add_argument("--teacher", type=float, default=0.9, help="weight of the teacher's soft targets")
+    options.add_argument("--batch", type=int, default=128)
+    options.add_argument("--examples", type=int, default=50_000)
+    options.add_argument("--tested", type=int, default=10_000)
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--out", help="a folder that keeps the models and files")
+    options.add_argument("--again", action="store_true", help="measure what an earlier run left in --out, without training")
+    args = options.parse_args()
+    if unknown := set(args.models) - set(RECIPES):
+        options.error(f"{', '.join(sorted(unknown))}: the models are {', '.join(RECIPES)}.")
+    if args.again and not args.out:
+        options.error("--again needs the --out of the run that trained.")
+    if args.quick:
+        args.epochs, args.tested = 0, 500
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    for name in args.models:
+    head = "Blocks and channels removed from CIFAR-10's ResNets, at most 5 epochs of SGD taught by the original; ONNX Runtime"
+    command = "python benchmarks/pruning_resnets.py --out FOLDER" + (", timed again with `--again`" if args.again else "")
+    table = tables.Table("resnets", head, ("", "original", "pruned", "less", "to reach"), command, record=args.record)
+    for name in args.models or RECIPES:
         recipe = RECIPES[name]
         epochs = recipe.epochs if args.epochs is None else args.epochs
-        run(name, replace(recipe, epochs=epochs, rate=args.rate or recipe.rate), args)
+        run(name, replace(recipe, epochs=epochs, rate=args.rate or recipe.rate), table, args)
 
 
 if __name__ == "__main__":
