@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from torch_files import Exports
 from whet.data import Batches
 from whet.errors import ExportError
 from whet.specs import TARGETS, Float, Int, PerTensor, Quantize
@@ -22,30 +23,13 @@ ORT = TARGETS["onnxruntime"]
 INTEGER = {"QLinearConv", "QGemm", "QLinearMatMul", "QLinearAdd", "QLinearConcat", "QLinearAveragePool"}
 FLOAT = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Relu", "Clip", "Add"}
 EXPORTED = [name for name in CASES if name != "branching"]
-
-
-def write(folder, name, spec=None, *, dynamic=None):
-    model, inputs = CASES[name]()
-    plan = None
-    if spec is not None:
-        plan, _ = quantize(model, spec, ORT, calibration=Batches(inputs), example=inputs, progress=False)
-    path = folder / f"{name}.onnx"
-    export(model, plan, ORT, path, example=inputs, dynamic=dynamic)
-    return model, inputs, plan, path
+FILES = Exports(ORT, "onnx")
+write = FILES.write
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """`write` in a folder of its own, once for each way to be written: nobody changes what it returns."""
-    made = {}
-
-    def once(name, spec=None, *, dynamic=None):
-        key = (name, repr(spec), repr(dynamic))
-        if key not in made:
-            made[key] = write(tmp_path_factory.mktemp(name), name, spec, dynamic=dynamic)
-        return made[key]
-
-    return once
+    return FILES.once(tmp_path_factory)
 
 
 def run(path, inputs):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import whet
+from torch_files import Exports
 from whet.data import Batches
 from whet.errors import ExportError, OutputError
 from whet.specs import TARGETS, Float, Int, PerTensor, Quantize
@@ -21,30 +22,13 @@ from whet.runtimes.sessions import open_session, parts  # noqa: E402
 
 OPENVINO = TARGETS["openvino"]
 EXPORTED = [name for name in CASES if name != "branching"]
-
-
-def write(folder, name, spec=None, *, dynamic=None):
-    model, inputs = CASES[name]()
-    plan = None
-    if spec is not None:
-        plan, _ = quantize(model, spec, OPENVINO, calibration=Batches(inputs), example=inputs, progress=False)
-    path = folder / f"{name}.xml"
-    export(model, plan, OPENVINO, path, example=inputs, dynamic=dynamic)
-    return model, inputs, plan, path
+FILES = Exports(OPENVINO, "xml")
+write = FILES.write
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """`write` in a folder of its own, once for each way to be written: nobody changes what it returns."""
-    made = {}
-
-    def once(name, spec=None, *, dynamic=None):
-        key = (name, repr(spec), repr(dynamic))
-        if key not in made:
-            made[key] = write(tmp_path_factory.mktemp(name), name, spec, dynamic=dynamic)
-        return made[key]
-
-    return once
+    return FILES.once(tmp_path_factory)
 
 
 def leaves(value):

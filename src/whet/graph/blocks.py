@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from whet.graph.channels import WEIGHTED
 from whet.graph.nodes import Graph, Node
+from whet.graph.placement import Plan
+from whet.numerics.affine import QParams
+from whet.progress import task
+
+BATCH = 32  # examples of a step of learning
+CACHE_BYTES = 1 << 28  # of a block's inputs and outputs, each: fewer examples where they are larger
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +57,31 @@ def blocks(graph: Graph) -> list[Block]:
         for weight in block.weights:
             uses[weight] = uses.get(weight, 0) + 1
     return [Block(b.start, b.end, b.nodes, kept) for b in found if (kept := tuple(w for w in b.weights if uses[w] == 1))]
+
+
+Learn = Callable[[Plan, Block, list[str]], tuple[Plan, float, float] | None]
+
+
+def learn_blocks(plan: Plan, graph: Graph, learn: Learn, *, progress: bool) -> tuple[Plan, dict[str, dict[str, Any]]]:
+    """`plan` with the codes of every block learned, where that lowers the block's error, and what the report's rows get.
+
+    learn: of a plan, a block and its weights whose codes can be learned, the plan with these learned, and the block's output
+    ratio of signal to error before and after, in dB; None where the block has no data to learn from. Rows get "block_db":
+    (before, after). Weights that are no symmetric integers keep their codes.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    every = blocks(graph)
+    with task("Reconstructing", len(every), enabled=progress) as bar:
+        for block in every:
+            names = [name for name in block.weights if _has_codes_to_learn(plan, name)]
+            learned = learn(plan, block, names) if names else None
+            if learned is not None:
+                plan, before, after = learned
+                rows |= {name: {"block_db": (before, after)} for name in names}
+            bar.advance(note=block.end)
+    return plan, rows
+
+
+def _has_codes_to_learn(plan: Plan, name: str) -> bool:
+    params = plan.weights.get(name)
+    return isinstance(params, QParams) and params.spec.symmetric

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
-from whet.graph.blocks import Block, blocks
+from whet.graph.blocks import BATCH, CACHE_BYTES, Block, learn_blocks
 from whet.graph.learning import moved_values
 from whet.graph.nodes import Graph
 from whet.graph.placement import Plan
@@ -27,12 +27,8 @@ from whet.keras.namespace import xp
 from whet.keras.quantize import FakeQuantize, planned
 from whet.keras.views import to_numpy
 from whet.numerics.adaround import annealed_beta, initial_variable, rectified_sigmoid, regularizer
-from whet.numerics.affine import QParams
-from whet.progress import task
 from whet.specs.quantization import AdaRound
 
-BATCH = 32
-CACHE_BYTES = 1 << 28  # of a block's inputs and outputs, each: fewer examples where they are larger
 LEARNING_RATE, STRENGTH = 0.01, 0.01
 MIXED = 0.5  # of the block's input values are taken from the float model
 KEEP = 0.05  # soft roundings begin this far from 0 and 1
@@ -50,32 +46,18 @@ class _Cached:
 def reconstruct(
     plan: Plan, graph: Graph, weights: Mapping[str, WeightView], runner: KerasRunner, spec: AdaRound, *, progress: bool
 ) -> tuple[Plan, dict[str, dict[str, Any]]]:
-    """`plan` with the codes of every block learned, where that lowers the block's error, and what the report's rows get.
-
-    Rows get "block_db": (before, after), the block's output ratio of signal to error. Weights that are no symmetric integers
-    keep their codes.
-    """
-    rows: dict[str, dict[str, Any]] = {}
-    every = blocks(graph)
+    """See `learn_blocks`: every block by the data that calibration gives it."""
     program = planned(runner.model, plan, runner.example)
     for name in plan.weights:
         if name in runner.nodes:
             runner.assign(program, plan, name)
     runner.restart()
-    with task("Reconstructing", len(every), enabled=progress) as bar:
-        for block in every:
-            learned = [name for name in block.weights if _is_learned(plan, name)]
-            data = _cached(plan, block, runner) if learned else None
-            if data is not None:
-                plan, before, after = _learn(plan, block, learned, weights, data, program, spec)
-                rows |= {name: {"block_db": (before, after)} for name in learned}
-            bar.advance(note=block.end)
-    return plan, rows
 
+    def learn(plan: Plan, block: Block, names: list[str]) -> tuple[Plan, float, float] | None:
+        data = _cached(plan, block, runner)
+        return None if data is None else _learn(plan, block, names, weights, data, program, spec)
 
-def _is_learned(plan: Plan, name: str) -> bool:
-    params = plan.weights.get(name)
-    return isinstance(params, QParams) and params.spec.symmetric
+    return learn_blocks(plan, graph, learn, progress=progress)
 
 
 def _cached(plan: Plan, block: Block, runner: KerasRunner) -> _Cached | None:

@@ -17,12 +17,10 @@ import numpy.typing as npt
 import torch
 
 from whet.data import Batches
-from whet.graph.blocks import Block, blocks
+from whet.graph.blocks import BATCH, CACHE_BYTES, Block, learn_blocks
 from whet.graph.nodes import Graph
 from whet.graph.placement import Plan
 from whet.graph.views import WeightView
-from whet.numerics.affine import QParams
-from whet.progress import task
 from whet.specs.quantization import AdaRound
 from whet.torch.interception import Call, Session, map_tensors
 from whet.torch.model import call, device_of, dtype_of, to_tensors
@@ -30,8 +28,6 @@ from whet.torch.moments import EnoughSeenError, QuantizedWatching, TorchRunner, 
 from whet.torch.quantize import Simulator, rounded_copy
 
 Tensor = Any
-BATCH = 32
-CACHE_BYTES = 1 << 28  # of a block's inputs and outputs, each: fewer examples where they are larger
 LEARNING_RATE = 0.003  # in steps of the codes
 NEAR = 0.49  # of a step: latent values begin within it of their codes
 CHECKS = 8  # times that the block's error is looked at; the best codes are kept
@@ -61,27 +57,13 @@ def reconstruct(
     *,
     progress: bool,
 ) -> tuple[Plan, dict[str, dict[str, Any]]]:
-    """`plan` with the codes of every block learned, where that lowers the block's error, and what the report's rows get.
+    """See `learn_blocks`: every block by the data that calibration gives it."""
 
-    Rows get "block_db": (before, after), the block's output ratio of signal to error. Weights that are no symmetric integers
-    keep their codes.
-    """
-    rows: dict[str, dict[str, Any]] = {}
-    every = blocks(graph)
-    with task("Reconstructing", len(every), enabled=progress) as bar:
-        for block in every:
-            learned = [name for name in block.weights if _is_learned(plan, name)]
-            data = _cached(plan, block, calibration, runner) if learned else None
-            if data is not None:
-                plan, before, after = _learn(plan, block, learned, weights, data, runner, spec)
-                rows |= {name: {"block_db": (before, after)} for name in learned}
-            bar.advance(note=block.end)
-    return plan, rows
+    def learn(plan: Plan, block: Block, names: list[str]) -> tuple[Plan, float, float] | None:
+        data = _cached(plan, block, calibration, runner)
+        return None if data is None else _learn(plan, block, names, weights, data, runner, spec)
 
-
-def _is_learned(plan: Plan, name: str) -> bool:
-    params = plan.weights.get(name)
-    return isinstance(params, QParams) and params.spec.symmetric
+    return learn_blocks(plan, graph, learn, progress=progress)
 
 
 def _cached(plan: Plan, block: Block, calibration: Batches, runner: TorchRunner) -> _Cached | None:
