@@ -198,19 +198,23 @@ def run_cifar(given: argparse.Namespace) -> None:
         "soft targets": SoftTargets(4.0),
         "DKD": DKD(1.0, 8.0, 4.0),
         "DIST": DIST(),
+        "soft targets, features": [SoftTargets(4.0), Features("layer?", "layer?", weight=0.3)],
         "soft targets, standardized": SoftTargets(2.0, standardize=True),
     }
     scores: dict[str, list[float]] = {}
     with TemporaryDirectory() as folder:
         every = data.Views(x, y, 128, views, at=None)
         store = whet.teacher_outputs(resnet56(), every, Path(given.store or folder) / "resnet56", progress=False)
+        teachers = {
+            name: None if loss is None else resnet56() if isinstance(loss, list) else store for name, loss in variants.items()
+        }
         for seed in range(given.seeds):
             for name in given.losses or variants:
                 loss = variants[name]
-                apply = [] if loss is None else [Distill([loss], student_weight=0.1)]
+                apply = [] if loss is None else [Distill(loss, student_weight=0.1)]
                 fit = Train(epochs=epochs, learning_rate=2e-3, weight_decay=5e-4, precision="bfloat16", apply=apply)
 
-                def taught(seed: int = seed, fit: Train = fit, teacher: Any = None if loss is None else store) -> float:
+                def taught(seed: int = seed, fit: Train = fit, teacher: Any = teachers[name]) -> float:
                     student = seeded(lambda: ResNet20(3), seed).to(memory_format=torch.channels_last)
                     train = data.Views(x, y, 128, views, at=seed)
                     return top1(whet.fit(student, fit, train=train, teacher=teacher, seed=seed, progress=False), test)
