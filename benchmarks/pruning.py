@@ -1,10 +1,12 @@
 """Masks: how sparse LeNets on MNIST become without loss, and how long 100 million weights take; torch.nn.utils.prune beside.
 
     python benchmarks/pruning.py [mnist] [speed] [--quick] [--keras] [--record out/pruning.json]
+    python benchmarks/pruning.py mnist --shift 0 --epochs 20 --models LeNet-300-100 --rows longer taught
 
-mnist: both LeNets are trained on 55,000 images that move by up to two pixels, the other 5,000 choose the epoch; then they are
-trained again while global magnitude pruning ramps to the sparsity. Error on the 10,000 test images; the loss is of the same
-images before and after (paired, Tango's 95 % interval). Peer: `global_unstructured` at once, then the same training.
+mnist: both LeNets are trained on 55,000 images that move by up to `--shift` pixels, the other 5,000 choose the epoch; then they
+are trained again as long, while global magnitude pruning ramps to the sparsity. Error on the 10,000 test images; the loss is of
+the same images before and after (paired, Tango's 95 % interval). Rows: the dense model trained once more as long; pruned with
+the dense model as its teacher; pruned alone; peer: `global_unstructured` at once, then the same training.
 speed: seconds of the processor to make the masks, against one partial sort of as many numbers.
 """
 
@@ -31,16 +33,17 @@ from whet.numerics.statistics import paired_drop
 from whet.torch.namespace import xp as torch_namespace
 
 DATA = Path(os.environ.get("WHET_DATA", Path(__file__).parents[2] / "shared" / "data")) / "mnist"
-BATCH, SHIFT = 128, 2
+BATCH = 128
+ROWS = ("longer", "taught", "alone", "peer")
 CASES = {"LeNet-300-100": (0.95, 1.6, 30), "LeNet-5": (0.96, 0.8, 8)}  # sparsity, error to reach in per cent, epochs
 WEIGHTS, SIDE = 100_000_000, 4096
 
 
 class Moving:
-    """Batches in a new order on every pass, every image moved by up to `SHIFT` pixels."""
+    """Batches in a new order on every pass, every image moved by up to `shift` pixels."""
 
-    def __init__(self, x: np.ndarray, y: np.ndarray, last: bool) -> None:
-        self.x, self.y, self.last = np.pad(x, ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT))), y, last
+    def __init__(self, x: np.ndarray, y: np.ndarray, last: bool, shift: int) -> None:
+        self.x, self.y, self.last, self.shift = np.pad(x, ((0, 0), (shift, shift), (shift, shift))), y, last, shift
         self.rng = np.random.default_rng(0)
 
     def __len__(self) -> int:
@@ -50,7 +53,7 @@ class Moving:
         order = self.rng.permutation(len(self.y))
         for start in range(0, len(self) * BATCH, BATCH):
             at = order[start : start + BATCH]
-            down, right = self.rng.integers(0, 2 * SHIFT + 1, (2, BATCH))
+            down, right = self.rng.integers(0, 2 * self.shift + 1, (2, BATCH))
             rows, columns = down[:, None] + np.arange(28), right[:, None] + np.arange(28)
             yield channels(self.x[at[:, None, None], rows[:, :, None], columns[:, None, :]], self.last), self.y[at]
 
@@ -110,35 +113,43 @@ def peer(model: Any, sparsity: float, epochs: int, train: Moving) -> Any:
 class Mnist:
     """The table of section mnist."""
 
-    def __init__(self, quick: bool, keras: bool, record: Path | None) -> None:
-        self.quick, self.keras = quick, keras
+    def __init__(self, given: Any) -> None:
+        self.keras, self.shift, self.rows = given.keras, given.shift, given.rows
+        self.epochs = 1 if given.quick else given.epochs
         self.x, self.y = mnist("train")
         self.test, self.digits = mnist("test")
         self.table = tables.Table(
-            f"pruning-mnist-{'keras' if keras else 'torch'}",
-            f"Unstructured sparsity on MNIST, 10,000 test images, {'Keras' if keras else 'PyTorch'}",
+            f"pruning-mnist-{'keras' if self.keras else 'torch'}" + ("" if self.shift else "-still"),
+            f"Unstructured sparsity on MNIST, 10,000 test images, {'Keras' if self.keras else 'PyTorch'}; images for training "
+            + (f"move by up to {self.shift} pixels" if self.shift else "do not move"),
             ("", "weights removed, %", "error, %", "to reach", "loss of accuracy, points [95 %]", "CPU s"),
-            "python benchmarks/pruning.py mnist" + (" --keras" if keras else ""),
-            record=record,
+            " ".join(["python benchmarks/pruning.py", *sys.argv[1:]]),
+            record=given.record,
         )
 
     def case(self, name: str) -> None:
         """The rows of one model."""
         sparsity, bar, epochs = CASES[name]
-        epochs = 1 if self.quick else epochs
-        train = Moving(self.x[:55_000], self.y[:55_000], self.keras)
+        epochs = self.epochs or epochs
+        train = Moving(self.x[:55_000], self.y[:55_000], self.keras, self.shift)
         options = {"train": train, "val": (channels(self.x[55_000:], self.keras), self.y[55_000:]), "progress": False}
         clock = tables.Clock()
         dense = whet.fit((keras_model if self.keras else torch_model)(name), Train(epochs=epochs), **options)
-        before = self.row(f"{name}, dense", dense, 0.0, clock)
+        before = self.row(f"{name}, dense, {epochs} epochs", dense, 0.0, clock)
+        if "longer" in self.rows:
+            clock = tables.Clock()
+            self.row(f"{name}, dense, as many again", whet.fit(dense, Train(epochs=epochs), **options), 0.0, clock, before)
         spec = Prune(sparsity, allocation=Global(), schedule=Cubic(end=0.5, frequency=50))
         taught = Train(epochs=epochs, learning_rate=2e-3, apply=(spec, Distill(student_weight=0.1)))
-        for label, recipe in (("the dense model teaches", taught), ("alone", Train(epochs=epochs, apply=(spec,)))):
+        alone = Train(epochs=epochs, apply=(spec,))
+        for key, label, recipe in (("taught", "the dense model teaches", taught), ("alone", "alone", alone)):
+            if key not in self.rows:
+                continue
             clock = tables.Clock()
             made = whet.fit(dense, recipe, teacher=dense.model if recipe.distill else None, **options)
             removed = sum(int((m == 0).sum()) for m in made.masks.values()) / sum(m.size for m in made.masks.values())
             self.row(f"{name}, Whet, Cubic, Global, {label}", made, removed, clock, before, bar)
-        if not self.keras:
+        if not self.keras and "peer" in self.rows:
             clock = tables.Clock()
             other = peer(whet.torch.copy(dense.model).train(), sparsity, epochs, train)
             self.row(f"{name}, global_unstructured", other, sparsity, clock, before, bar)
@@ -154,7 +165,7 @@ class Mnist:
         if before is not None:
             low, high = paired_drop(before, right)
             loss = f"{100 * (before.mean() - right.mean()):.2f} [{100 * low:.2f}, {100 * high:.2f}]"
-            wanted = tables.against(error, bar, most=True)
+            wanted = tables.against(error, bar, most=True) if bar else ""
         self.table.add(label, f"{100 * removed:.2f}", f"{error:.2f}", wanted, loss, f"{clock.seconds()[1]:.0f}")
         return right
 
@@ -207,12 +218,15 @@ def main() -> int:
     options = tables.parser(__doc__)
     options.add_argument("sections", nargs="*", choices=["mnist", "speed"], default=["mnist", "speed"])
     options.add_argument("--keras", action="store_true", help="the LeNets in Keras")
+    options.add_argument("--shift", type=int, default=2, help="pixels that images for training move by at most")
+    options.add_argument("--epochs", type=int, default=0, help="of each training; default: 30 and 8")
+    options.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="beside the dense model")
     options.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
     given = options.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     if "mnist" in given.sections:
-        bench = Mnist(given.quick, given.keras, given.record)
+        bench = Mnist(given)
         for name in given.models:
             bench.case(name)
     if "speed" in given.sections:

@@ -55,6 +55,32 @@ def test_rigl_in_fit_moves_masks_at_one_sparsity_and_stops() -> None:
     assert moved and set(moved) <= set(range(2, round(0.7 * steps), 2)) and callback.is_done
 
 
+def test_the_moments_of_what_rigl_grows_begin_at_zero() -> None:
+    model = made()
+    callback = side.PruningCallback(RIGL, data=DATA)
+    seen = []
+
+    class Moments(keras.callbacks.Callback):
+        """Between the pruning at the beginning of a batch and its step."""
+
+        def on_train_batch_begin(self, batch, logs=None):
+            optimizer = self.model.optimizer
+            for layer in ("hidden", "out") if optimizer.built else ():
+                kernel = self.model.get_layer(layer).kernel
+                index = next(i for i, one in enumerate(optimizer._trainable_variables) if one is kernel)
+                slots = (optimizer._momentums[index], optimizer._velocities[index])
+                seen.append((f"{layer}/kernel", callback.masks[f"{layer}/kernel"], [to_numpy(slot) for slot in slots]))
+
+    fit(model, [callback, Moments()])
+    count = 0
+    for (name, before, _), (same, after, slots) in zip(seen, seen[2:], strict=False):
+        grown, stayed = (before == 0) & (after == 1), (before == 1) & (after == 1)
+        assert name == same and all(not slot[grown].any() for slot in slots)
+        assert all(slot[stayed].any() for slot in slots)
+        count += int(grown.sum())
+    assert count > 0
+
+
 def test_rigl_without_data_says_what_to_do() -> None:
     pruner = side.Pruner(made(), Prune(0.5, schedule=RigL(frequency=1)), steps=10)
     with pytest.raises(SpecError, match=r"RigL needs the gradient of 'hidden/kernel'.*pass data="):

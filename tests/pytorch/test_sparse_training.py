@@ -60,6 +60,24 @@ def test_what_rigl_grows_has_the_largest_gradient_and_begins_at_zero() -> None:
     assert not model.head.weight.detach().numpy()[grown].any()
 
 
+@pytest.mark.parametrize("handed", [True, False])
+def test_the_moments_of_what_rigl_grows_begin_at_zero(handed) -> None:
+    model = small()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    spec = Prune(0.5, schedule=RigL(fraction=0.4, frequency=3, end=0.9))
+    pruner = side.Pruner(model, spec, steps=10, optimizer=optimizer if handed else None)
+    loop(model, pruner, 2, optimizer=optimizer)
+    before = pruner.masks["head.weight"]
+    loop(model, pruner, 1, optimizer=optimizer)  # the third step moves the masks
+    grown = torch.from_numpy((before == 0) & (pruner.masks["head.weight"] == 1))
+    kept = torch.from_numpy((before == 1) & (pruner.masks["head.weight"] == 1))
+    state = optimizer.state[model.head.weight]
+    assert grown.any() and bool((state["exp_avg"][kept] != 0).any())
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert bool((state[key][grown] == 0).all()) is handed
+    assert int(optimizer.state[model.head.bias]["step"]) == 3
+
+
 def test_rigl_without_gradients_says_what_to_do() -> None:
     pruner = side.Pruner(small(), Prune(0.5, schedule=RigL(frequency=1)), steps=10)
     with pytest.raises(SpecError, match=r"RigL needs the gradient of 'conv.weight'.*before zero_grad"):

@@ -74,6 +74,7 @@ class Masker(ABC):
         self._removed: dict[str, Any] = {}  # weight name -> bool array of the side, True where removed
         self._last: dict[str, Any] = {}  # for Movement: the weights after the last step, and the sums of their scores
         self._moved: dict[str, Any] = {}
+        self.optimizer: Any = None  # whose moments of weights that grow are set to zero
         self._read(model)
         for name, mask in masks.items():
             self._set(name, self._fit(name, mask))
@@ -128,6 +129,10 @@ class Masker(ABC):
     @abstractmethod
     def hold(self) -> None:
         """Set removed weights to zero again. Filled, not multiplied: -1 · 0 is -0, which does not compress."""
+
+    @abstractmethod
+    def _forget(self, name: str, grown: Any) -> None:
+        """*In place*: the moments that `self.optimizer` keeps of the weight `name` become zero where it has `grown`."""
 
     @abstractmethod
     def masks(self) -> Masks:
@@ -263,7 +268,10 @@ class Masker(ABC):
             self._last[name] = now
 
     def regrow(self, fraction: float, seed: int) -> None:
-        """`RigL`: of the kept weights `fraction` with the least magnitude go, and as many with the largest gradient grow."""
+        """`RigL`: of the kept weights `fraction` with the least magnitude go, and as many with the largest gradient grow.
+
+        Those that grow begin at zero, and so do their moments in the optimizer.
+        """
         gradients, moved = self._gradients(seed), {}
         for weight in self._chosen:
             removed = self._gone(weight.name)
@@ -274,7 +282,10 @@ class Masker(ABC):
                     "targets), or in PyTorch call step() after backward() and before zero_grad()."
                 )
             moved[weight.name] = ~rigl(self._floats(weight.name), gradient, ~removed, fraction, xp=self.xp)
+        before = {name: self._gone(name) for name in moved}
         self._take(moved)
+        for name, old in before.items() if self.optimizer is not None else ():
+            self._forget(name, old & ~self._gone(name))
 
     def reset(self, masks: Mapping[str, Any]) -> None:
         """Hold `masks` in the place of the present ones. Weights that these had removed stay zero until they are loaded."""

@@ -19,10 +19,13 @@ class ScheduledPruner:
 
     _masker_class: ClassVar[type[Masker]]
 
-    def __init__(self, model: Any, spec: Prune, steps: int, *, masks: Masks | None = None, data: Any = None) -> None:
+    def __init__(
+        self, model: Any, spec: Prune, steps: int, *, masks: Masks | None = None, data: Any = None, optimizer: Any = None
+    ) -> None:
         """`steps` is the number of training steps that the schedule is laid on; `masks` are those from before.
 
-        data: batches for criteria that look at some; they look anew whenever masks are renewed.
+        data: batches for criteria that look at some; they look anew whenever masks are renewed. optimizer: the one that trains
+        the model, whose moments of weights that `RigL` grows become zero.
 
         Raises:
             SpecError: the schedule does not fit into `steps`.
@@ -32,6 +35,7 @@ class ScheduledPruner:
         self._spec, self._steps = spec, steps
         self._ramp: Ramp = lay(spec, steps)
         self._masker = self._masker_class(model, spec, masks or {}, None if data is None else Batches(data, "data"))
+        self._masker.optimizer = optimizer
         self._step = 0
         self._masker.follow(self._ramp, self._step)
 

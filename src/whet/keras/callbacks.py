@@ -91,6 +91,7 @@ class PruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 self._masker.renew(ramp.sparsity(self._step))
         for step, fraction in moves:
             self._sync()
+            self._masker.optimizer = self.model.optimizer
             self._masker.regrow(fraction, step)
         self._renewed = self._step
 

@@ -16,6 +16,7 @@ from whet.graph.scheduling import ScheduledPruner
 from whet.graph.views import Masks
 from whet.keras.importance import gradients_for, statistics_for
 from whet.keras.inputs import InputReader
+from whet.keras.optimizers import forget
 from whet.keras.views import Kernel, kernels, to_numpy, unpruned, walk
 from whet.numerics.namespace import numpy_namespace as xp
 from whet.records import Step
@@ -92,6 +93,9 @@ class Masker(_Masker):
         for name in self._removed:
             variable = self._kernels[name].variable
             variable.assign(keras.ops.where(self._tensors[name], keras.ops.zeros_like(variable.value), variable.value))
+
+    def _forget(self, name: str, grown: Any) -> None:
+        forget(self.optimizer, self._kernels[name].variable, grown)
 
     def masks(self) -> Masks:
         """The masks by kernel name: 1 where kept."""

@@ -117,6 +117,12 @@ class Masker(_Masker):
                 parameter = self._parameters[name]
                 own_part(parameter).masked_fill_(own_part(divided(self._gone(name), parameter)), 0.0)
 
+    def _forget(self, name: str, grown: Any) -> None:
+        parameter = self._parameters[name]
+        for value in self.optimizer.state.get(parameter, {}).values():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                value.masked_fill_(grown, 0.0)
+
     def masks(self) -> Masks:
         """The masks by parameter name: 1 where kept."""
         return {name: (~removed).to(torch.uint8).cpu().numpy() for name, removed in self._removed.items()}
@@ -137,18 +143,21 @@ class Pruner(ScheduledPruner):
 
     _masker_class = Masker
 
-    def __init__(self, model: Any, spec: Prune, steps: int, *, masks: Masks | None = None, data: Any = None) -> None:
+    def __init__(
+        self, model: Any, spec: Prune, steps: int, *, masks: Masks | None = None, data: Any = None, optimizer: Any = None
+    ) -> None:
         """`steps` is the number of training steps that the schedule is laid on; `masks` are those from before.
 
         `model` may be wrapped in DistributedDataParallel or compiled; names are those of the module inside. data: batches for
         criteria that look at some, anew whenever masks are renewed. Without, those that need gradients take what backward()
-        has left: call `step()` before `zero_grad()`. Processes that train together take the masks of the first.
+        has left: call `step()` before `zero_grad()`. optimizer: the one that trains the model, whose moments of weights that
+        `RigL` grows become zero. Processes that train together take the masks of the first.
 
         Raises:
             SpecError: the schedule does not fit into `steps`.
             ModelError: nothing would change.
         """
-        super().__init__(inside(model), spec, steps, masks=masks, data=data)
+        super().__init__(inside(model), spec, steps, masks=masks, data=data, optimizer=optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on, in plain values and tensors (`torch.load` with `weights_only`)."""
