@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import whet
 from report_samples import sample_report
+from whet import Prune, Quantize
 from whet.cli import app
+from whet.cli.app import _told_before
 
 COMMANDS = ("compress", "inspect", "sensitivity", "measure", "report", "compare", "targets")
 
@@ -188,3 +191,15 @@ def test_data_goes_with_a_keras_file_and_not_with_a_job(tmp_path) -> None:
     job.write_text("", encoding="utf-8")
     found = run("compress", job, "-o", tmp_path / "out", "--val", "val.npz")
     assert found.exit_code == 2 and "--val goes with model.keras" in found.stderr
+
+
+def test_without_a_recipe_what_those_that_are_tried_will_give_is_said_first(capsys) -> None:
+    x, y = np.zeros((8, 4), np.float32), np.arange(8) % 2
+    _told_before(None, (x, y), "onnxruntime")
+    first, second, third = capsys.readouterr().err.strip().splitlines()
+    assert first.startswith("No recipe given: 3 are tried")
+    assert second == f"Prune: {whet.expectation(Prune(0.8), 'onnxruntime')}" and "keeps its bytes and its time" in second
+    assert third.startswith("Prune: 50% of the weights become zeros") and "gzip" in third
+    _told_before([Quantize()], (x, y), None)
+    _told_before(None, [x], None)  # without targets nothing is pruned
+    assert capsys.readouterr().err == ""

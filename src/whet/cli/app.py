@@ -119,19 +119,26 @@ def compress(
         with job_inputs(model, {"train": train, "val": val, "test": test}) as inputs:
             inputs |= chosen
             if not quiet:
-                _told_before(inputs.get("recipe"), target)
+                _told_before(inputs.get("recipe"), inputs["train"], target)
             given: Any = {"target": target, "seed": seed, "device": device, "out": out, "overwrite": overwrite}
             compressed = run(budget=budget, progress=not quiet, **given, **inputs)
         _told_of_job(compressed.report, out, quiet)
 
 
-def _told_before(recipe: Any, target: str | None) -> None:
-    """Print what the recipe's pruning will give, and what not."""
+def _told_before(recipe: Any, train: Any, target: str | None) -> None:
+    """Print what the pruning of the recipe, or of those that are tried without one, will give, and what not."""
+    from whet.data import Batches
+    from whet.pipeline.compress import recipes_for
     from whet.pipeline.expectation import expectations
-    from whet.specs import Recipe
 
-    for told in () if recipe is None else expectations(recipe if isinstance(recipe, Recipe) else Recipe(recipe), target):
-        typer.echo(f"Prune: {told}", err=True)
+    tried = recipes_for(recipe, Batches(train, "train"))
+    if len(tried) > 1:
+        typer.echo(
+            f"No recipe given: {len(tried)} are tried, the smallest file first, until one holds the budget.", err=True
+        )
+    for one in tried:
+        for told in expectations(one, target):
+            typer.echo(f"Prune: {told}", err=True)
 
 
 def _told_of_job(report: Any, out: Path, quiet: bool) -> None:

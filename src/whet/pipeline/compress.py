@@ -144,7 +144,7 @@ def compress(
     )
     _check_metric(job)
     with tempfile.TemporaryDirectory(prefix="whet-") as temporary:
-        chosen, tried = _search(job, original, _recipes(recipe, job), Path(temporary))
+        chosen, tried = _search(job, original, recipes_for(recipe, training), Path(temporary))
         result = _finish(job, chosen, tried, Path(temporary) / names[0])
         if folder is not None:
             write_output(folder, names, Path(temporary) / names[0], chosen.file, result.report)
@@ -348,9 +348,14 @@ def _on_val(measured: Measured) -> dict[str, Any]:
     return {key: plain[key] for key in ("metric", "bytes", "gzip_bytes", "latency_ms")}
 
 
-def _recipes(recipe: Any, job: Job) -> tuple[Recipe, ...]:
+def recipes_for(recipe: Any, train: Batches) -> tuple[Recipe, ...]:
+    """What `compress` tries, in order: `recipe`, a Recipe or a list of specs, or without one what fits the data.
+
+    Raises:
+        SpecError: it is neither.
+    """
     if recipe is None:
-        _, targets = job.train.first()
+        _, targets = train.first()
         classifies = targets is not None and np.issubdtype(np.asarray(targets).dtype, np.integer)
         return default_recipes(classifies=bool(classifies), has_targets=targets is not None)
     if isinstance(recipe, Recipe):
