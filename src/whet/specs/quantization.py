@@ -178,7 +178,7 @@ class QAT:
 
     _: KW_ONLY
     epochs: int = 3
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     learn_scale: bool = True
     observe: float = 0.0
     teacher: bool = False
