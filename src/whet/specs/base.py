@@ -140,11 +140,13 @@ def _is_default(field: dataclasses.Field[Any], item: Any) -> bool:
     return False
 
 
-def check_number(owner: str, value: Any, *, low: float, high: float, open_low: bool = False, open_high: bool = False) -> None:
-    """Raise `SpecError` unless `value` is a finite number between `low` and `high`."""
+def check_number(
+    owner: str, value: Any, *, low: float, high: float, open_low: bool = False, open_high: bool = False, words: str = ""
+) -> None:
+    """Raise `SpecError` unless `value` is a finite number between `low` and `high`. words: what else the error says is allowed."""
     bounds = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise SpecError(f"{owner} must be a number in {bounds}, got {value!r}.{_text_hint(value)}")
+        raise SpecError(f"{owner} must be a number in {bounds}{words}, got {value!r}.{_text_hint(value)}")
     if value < low or value > high or (open_low and value == low) or (open_high and value == high):
         hint = f" Did you mean {value / 100:g}?" if high == 1 and 1 < value <= 100 else ""
         raise SpecError(f"{owner} must be in {bounds}, got {value!r}.{hint}")

@@ -99,10 +99,8 @@ class Train:
             check_number("Train.clip", self.clip, low=0, high=1e12, open_low=True)
         if self.precision not in ("bfloat16", "float16", None):
             raise SpecError(f"Train.precision must be 'bfloat16', 'float16' or None, got {self.precision!r}.")
-        if isinstance(self.learning_rate, str) and self.learning_rate != FIND:
-            raise SpecError(f"Train.learning_rate must be a number in (0, 1000] or {FIND!r}, got {self.learning_rate!r}.")
         if self.learning_rate != FIND:
-            check_number("Train.learning_rate", self.learning_rate, low=0, high=1e3, open_low=True)
+            check_number("Train.learning_rate", self.learning_rate, low=0, high=1e3, open_low=True, words=f" or {FIND!r}")
         check_type("Train.compile", self.compile, bool, str)
         check_type("Train.shard", self.shard, bool)
         check_number("Train.weight_decay", self.weight_decay, low=0, high=1e3)
