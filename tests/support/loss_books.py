@@ -1,11 +1,7 @@
-"""Distillation losses written out in float64 from their papers, and the table of inputs on which every backend is held to them.
-
-Run as a script it prints what Keras computes on the backend in KERAS_BACKEND: `python loss_books.py`, JSON by name.
-"""
+"""Distillation losses written out in float64 from their papers, and the table of inputs on which every backend is held to them."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -35,10 +31,10 @@ def specs() -> dict[str, Any]:
     return made | {"RKD": RKD(), "SimilarityPreserving": SimilarityPreserving(), "PKT": PKT(), "CRD": one}
 
 
-def computed(distillation_loss: Any, layer_loss: Any, make: Any) -> dict[str, float]:
+def computed(distillation_loss: Any, layer_loss: Any, make: Any, spreads: tuple[float, ...] = SPREADS) -> dict[str, float]:
     """What a side's functions make of the table, in float32."""
     found = {}
-    for spread in SPREADS:
+    for spread in spreads:
         s, t = map(make, pair(spread))
         for name, spec in specs().items():
             is_of_logits = isinstance(spec, SoftTargets | DKD | DIST)
@@ -135,10 +131,3 @@ def _crd(spec: CRD, s: np.ndarray, t: np.ndarray) -> float:
 
 
 _BOOKS = {SoftTargets: _soft, DKD: _dkd, DIST: _dist, RKD: _rkd, SimilarityPreserving: _preserving, PKT: _pkt, CRD: _crd}
-
-if __name__ == "__main__":
-    import keras
-
-    from whet.keras import distillation_loss, layer_loss
-
-    print(json.dumps(computed(distillation_loss, layer_loss, keras.ops.convert_to_tensor)))

@@ -31,6 +31,7 @@ def _process(backend: str) -> subprocess.Popen[str]:
     """A process that runs what it is told until this one ends, and with it the pipe."""
     support = str(Path(__file__).parent)
     quiet = {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    quiet |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}  # JAX then sees two devices; it computes on the first
     path = os.pathsep.join([support, *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
         [sys.executable, "-c", SERVER],
