@@ -143,7 +143,7 @@ def _is_default(field: dataclasses.Field[Any], item: Any) -> bool:
 def check_number(
     owner: str, value: Any, *, low: float, high: float, open_low: bool = False, open_high: bool = False, words: str = ""
 ) -> None:
-    """Raise `SpecError` unless `value` is a finite number between `low` and `high`. words: what else the error says is allowed."""
+    """Raise `SpecError` unless `value` is a finite number between `low` and `high`. words: what the error also allows."""
     bounds = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise SpecError(f"{owner} must be a number in {bounds}{words}, got {value!r}.{_text_hint(value)}")
