@@ -1,4 +1,4 @@
-"""A CUDA device against the CPU: the same codes, training in bfloat16 and in one distributed process, losses to 1e-5.
+"""A CUDA device against the CPU: the same codes, training in bfloat16, compiled and in one distributed process; losses to 1e-5.
 
     python benchmarks/cuda_device.py
 
@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import whet
-from whet.specs import GPTQ, MSE, QAT, AdaRound, BiasCorrection, Int, PerGroup, Quantize
+from whet.specs import GPTQ, MSE, QAT, AdaRound, BiasCorrection, Distill, Int, PerGroup, Prune, Quantize, Train
 
 SPECS = {
     "W8A8": Quantize(),
@@ -96,6 +96,24 @@ def distributed(device: str) -> str:
         torch.distributed.destroy_process_group()
 
 
+def compiled(device: str, backend: str = "inductor") -> str:
+    """`whet.fit` with a teacher and masks, plain and under torch.compile, in float32 and bfloat16: losses and masks."""
+    x, y = data()
+    said = []
+    for precision in (None, "bfloat16"):
+        ends = []
+        for compile_by in (False, backend):
+            spec = Train(epochs=3, apply=[Prune(0.5), Distill()], precision=precision, compile=compile_by)
+            made = whet.fit(net(), spec, train=(x, y), teacher=net(), device=device, progress=False)
+            ends.append((made.steps[-1].train["history"][-1]["loss"], made.masks))
+        (plain, masks), (other, its) = ends
+        apart = abs(plain - other) / abs(plain)
+        if apart > (1e-3 if precision is None else 5e-2) or masks.keys() != its.keys():
+            raise RuntimeError(f"{precision or 'float32'}: loss {plain:.5f} plain, {other:.5f} compiled")
+        said.append(f"{precision or 'float32'} {plain:.5f} and {other:.5f}")
+    return "loss after three epochs, plain and compiled: " + "; ".join(said)
+
+
 def _steps(model: Any, x: Any, y: Any, autocast: str | None, count: int = 30) -> list[float]:
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     losses = []
@@ -133,7 +151,7 @@ def main() -> int:
         print("There is no CUDA device: nothing was checked.")
         return 2
     print(torch.cuda.get_device_name(0))
-    checks: list[Callable[[str], str]] = [codes, bfloat16, distributed, losses]
+    checks: list[Callable[[str], str]] = [codes, bfloat16, compiled, distributed, losses]
     failed = 0
     for check in checks:
         try:
