@@ -132,7 +132,7 @@ class Step:
     "before": [counts], "after": [counts]}`), "shape" and "left" (before and after channels were removed). skipped: what stayed
     as it was, and why. unmatched:
     patterns of the spec that named nothing. train: None, or `{"history": [{"epoch", "loss", "metric", "sparsity",
-    "learning_rate", "eligible"}], "stop": {"reason", "best_epoch", "epochs"}, "metric": name, "notes": [sentence]}`;
+    "learning_rate", "eligible", "phase"}], "stop": {"reason", "best_epoch", "epochs"}, "metric": name, "notes": [sentence]}`;
     epochs count from 1; eligible: whether the epoch could be best (the pruning schedule was done).
 
     control: None, or how a search for what to quantize went: "adaptive" and "max_drop", see docs/report.md.

@@ -53,8 +53,8 @@ def check_teachers(
     if named is not None and (len(teachers) > 1 or isinstance(teachers[0], StoredOutputs)):
         why = "several teachers are one in their outputs" if len(teachers) > 1 else "of a stored teacher the outputs are known"
         raise ModelError(
-            f"{type(named).__name__} compares the layer {named.teacher!r} of the teacher, and {why} only. Take one model as "
-            "teacher, or losses on outputs."
+            f"{type(named).__name__} compares the layer {named.teacher!r} of the teacher, and {why} only. Take one model of "
+            "this framework as teacher, or losses on outputs: SoftTargets(), DKD(), or RKD() without names of layers."
         )
     _warn_if_alone(spec)
 
