@@ -152,16 +152,61 @@ def test_the_same_weights_matter_as_much_in_pytorch():
 
 
 class Subclassed(keras.Model):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.head = layers.Conv2D(3, 3, padding="same"), layers.Flatten()
+    """Layers in a list, called one after the other; and an addition in its own code."""
+
+    def __init__(self, depth=3, **kwargs):
+        super().__init__(**kwargs)
+        self.depth, self.stem, self.odd = depth, layers.Dense(16, name="stem"), layers.Dense(16, name="odd")
+        self.blocks = [TransformerLayer(name=f"layer_{index}") for index in range(depth)]
+        self.pool, self.head = layers.GlobalAveragePooling1D(), layers.Dense(4, name="head")
 
     def call(self, x):
-        return self.head(x + self.conv(x))
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.pool(x + self.odd(x)))
+
+    def get_config(self):
+        return {"depth": self.depth}
 
 
-def test_a_subclassed_model_is_refused_by_name():
+def subclassed():
+    keras.utils.set_random_seed(0)
     model = Subclassed()
+    model(TOKENS)
+    return model
+
+
+def test_layers_in_a_list_of_a_subclassed_model_leave_it(tmp_path):
+    model = subclassed()
+    found = blocks(model, TOKENS)
+    assert [block.name for block in found.blocks] == ["layer_0", "layer_1", "layer_2"]
+    assert any("only layers in a list" in reason for _, reason in found.skipped)
+    spec = Prune(granularity=Layer(1), criterion=BlockInfluence(), include=("layer_1",))
+    made = whet.prune(model, spec, example=TOKENS, progress=False)
+    x = model.blocks[2](model.blocks[0](model.stem(TOKENS)))
+    expected = model.head(model.pool(x + model.odd(x)))
+    found = made.side.predict(made.model, TOKENS)
+    assert np.allclose(found, expected, atol=1e-6) and type(made.model) is Subclassed
+    assert len(made.model.blocks) == 2 and made.model.count_params() == model.count_params() - 2224
+    again = whet.prune(made, Prune(granularity=Layer(1), include=("layer_0",)), progress=False)
+    thin = whet.prune(again, Prune(0.5, granularity=Channel(), round_to=1), progress=False)
+    assert [block.name for block in again.model.blocks] == ["layer_2"] and len(model.blocks) == 3
+    for result in (made, thin):
+        loaded = whet.load(result.save(tmp_path / "saved", overwrite=True), subclassed())
+        assert np.array_equal(loaded.side.predict(loaded.model, TOKENS), result.side.predict(result.model, TOKENS))
+
+
+def test_a_subclassed_model_without_such_a_list_is_refused_by_name():
+    class Plain(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = layers.Conv2D(3, 3, padding="same"), layers.Flatten()
+
+        def call(self, x):
+            return self.head(x + self.conv(x))
+
+    model = Plain()
     model(X)
-    with pytest.raises(ModelError, match="it is a subclassed model"):
+    with pytest.raises(ModelError, match="only layers in a list of the model can leave"):
         whet.prune(model, Prune(granularity=Layer(1)), example=X, progress=False)

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from whet.data import leaves
-from whet.errors import ModelError
+from whet.errors import DataError, ModelError
 from whet.graph.groups import Size
 from whet.graph.shortcuts import ADD, OTHER, PASS, Block, Branch, Flow, branches, shortcut
 from whet.graph.views import Masks
@@ -18,11 +18,12 @@ from whet.keras.clone import Call, Program, Ref, assemble, has_graph, operations
 from whet.keras.groups import read_model
 from whet.keras.model import copy, short
 from whet.keras.moments import Evaluator
-from whet.keras.sizes import Sizes, named_weights, note, noted
+from whet.keras.sizes import Sizes, drop, holder, named_weights, note, noted
 from whet.keras.surgery import TOLERANCE, outputs
 from whet.keras.views import sublayers, to_numpy, unique, walk
 from whet.numerics.layers import influence, output_error
 
+_NOT_LISTED = "the code of a subclassed model adds it: only layers in a list of the model can leave"
 _HALF = 3e-2  # of the largest output, of 16-bit models
 _KEEPS = {"LayerNormalization", "RMSNormalization", "BatchNormalization", "GroupNormalization", "UnitNormalization", "Dropout"}
 _KEEPS |= {"SpatialDropout1D", "SpatialDropout2D", "GaussianNoise", "GaussianDropout", "Activation", "ReLU", "LeakyReLU", "ELU"}
@@ -43,14 +44,9 @@ def blocks(model: Any, example: Any) -> KerasBlocks:
     """The blocks of `model`, whose layer graph is read with the sizes of `example`, a batch of inputs; `model` is unchanged.
 
     Raises:
-        ModelError: the model has no layer graph of its own.
+        ModelError: a subclassed model cannot be traced.
     """
-    if not has_graph(model):
-        raise ModelError(
-            f"Layers of {model.name!r} cannot be removed: it is a subclassed model, whose layer graph is drawn by calling it. "
-            "Write it as a functional keras.Model, or remove channels: granularity=Channel()."
-        )
-    return KerasBlocks(copy(model), example)
+    return (KerasBlocks if has_graph(model) else ListedBlocks)(copy(model), example)
 
 
 class KerasBlocks:
@@ -63,7 +59,7 @@ class KerasBlocks:
         """`model` is a private copy."""
         self._model, self._example = model, example
         self._groups = read_model(model, example).groups
-        self._program = record(model, lambda call, path, program: [call], copied=model)
+        self._program = record(model, lambda call, path, program: [call], example, copied=model)
         self._parts, self.skipped = _parts(self._program, self._groups.macs_of)
         self.blocks = tuple(part.block for part in self._parts.values())
 
@@ -97,8 +93,7 @@ class KerasBlocks:
             ModelError: the result is not the original with the blocks' branches silenced.
         """
         work, parts = self._model, [self._parts[name] for name in names]
-        few = keras.tree.map_structure(lambda array: array[:8], self._example)
-        expected = leaves(self._silenced(parts, few))
+        few, expected = self._expected(parts)
         before = _named(work)
         sizes = noted(work)
         smaller = assemble(reduced(self._program, parts))
@@ -106,14 +101,22 @@ class KerasBlocks:
         moved = {name: after[key] for name, key in before.items() if key in after}
         made = copy(smaller)
         note(made, _sizes(sizes, moved, tuple(i for i, name in enumerate(self._parts) if name in names)))
-        half = keras.backend.standardize_dtype(work.compute_dtype) in ("float16", "bfloat16")
+        self._check(names, expected, made, few)
+        return made, {moved[name]: mask for name, mask in masks.items() if name in moved}
+
+    def _expected(self, parts: Sequence[_Part]) -> tuple[Any, list[Any]]:
+        """A few inputs, and what the model without these blocks must make of them."""
+        few = keras.tree.map_structure(lambda array: array[:8], self._example)
+        return few, leaves(self._silenced(parts, few))
+
+    def _check(self, names: Sequence[str], expected: list[Any], made: Any, few: Any) -> None:
+        half = keras.backend.standardize_dtype(made.compute_dtype) in ("float16", "bfloat16")
         error = output_error(expected, leaves(outputs(made, few)))
         if not error <= (_HALF if half else TOLERANCE) ** 2:
             raise ModelError(
                 f"Without {', '.join(names)} the model does not give the original with these branches silenced (an error of "
                 f"{error:.3g} of the outputs' power): please report it, and name them in keep=."
             )
-        return made, {moved[name]: mask for name, mask in masks.items() if name in moved}
 
     def _silenced(self, parts: Sequence[_Part], inputs: Any) -> Any:
         """The original's outputs with zeros in the place of what the branches make."""
@@ -125,6 +128,48 @@ class KerasBlocks:
                 start if part.other is None else keras.ops.zeros_like(start)
             )
         return _outputs(run, self._program)
+
+
+class ListedBlocks(KerasBlocks):
+    """Blocks of a subclassed model: layers of the user's in a list of the model, which leave that list. Its class stays.
+
+    What else its code adds to a shortcut stays, and is named.
+    """
+
+    def __init__(self, model: Any, example: Any) -> None:
+        super().__init__(model, example)
+        operations = {call.node.layer: call.operation for call in self._program.calls}
+        parts = {}
+        for name, part in self._parts.items():
+            (layer,) = part.block.layers if part.other is None and len(part.block.layers) == 1 else (None,)
+            if layer is not None and holder(model, operations[layer]) is not None:
+                parts[name] = part
+            else:
+                self.skipped = (*self.skipped, (name, _NOT_LISTED))
+        self._parts, self.blocks = parts, tuple(part.block for part in parts.values())
+
+    def remove(self, names: Sequence[str], masks: Masks) -> tuple[Any, Masks]:
+        """*In place*: see `KerasBlocks.remove`.
+
+        Raises:
+            ModelError: the model's code needs one of the layers, or computes something else without them.
+        """
+        model, parts = self._model, [self._parts[name] for name in names]
+        few, expected = self._expected(parts)
+        before = _named(model)
+        operations = {call.node.layer: call.operation for call in self._program.calls}
+        leaving = {id(operations[part.block.layers[0]]) for part in parts}
+        places = tuple(place for place, (_, layer) in enumerate(walk(model)) if id(layer) in leaving)
+        sizes = noted(model)
+        drop(model, (places,))
+        after = {key: name for name, key in _named(model).items()}
+        moved = {name: after[key] for name, key in before.items() if key in after}
+        note(model, _sizes(sizes, moved, places))
+        try:
+            self._check(names, expected, model, few)
+        except DataError as cause:
+            raise ModelError(f"The code of {model.name!r} does not run without {', '.join(names)}: {short(cause)}") from cause
+        return model, {moved[name]: mask for name, mask in masks.items() if name in moved}
 
 
 def _one(inputs: Any) -> Any:
@@ -144,6 +189,9 @@ def drop_again(model: Any, dropped: Sequence[Sequence[int]]) -> Any:
     Raises:
         ModelError: it has no such block.
     """
+    if not has_graph(model):
+        drop(model, dropped)
+        return model
     for places in dropped:
         program = record(model, lambda call, path, program: [call], copied=model)
         parts, _ = _parts(program, lambda chosen: 0)
@@ -236,9 +284,14 @@ def _flows(program: Program) -> tuple[list[Flow], dict[str, Ref]]:
         made = refs(call.outputs)
         known |= {ref.name: ref for ref in made}
         for ref in made:
-            same = len(made) == 1 and all(known[read].shape == ref.shape for read in reads)
+            same = len(made) == 1 and all(_alike(known[read].shape, ref.shape) for read in reads)
             flows.append(Flow(ref.name, reads, _role(call, len(call.inputs)) if same else OTHER, ref.shape))
     return flows, known
+
+
+def _alike(one: Sequence[int | None], other: Sequence[int | None]) -> bool:
+    """Whether they may be one shape: a nested Sequential knows the batch that it was first called with."""
+    return len(one) == len(other) and all(a == b or a is None or b is None for a, b in zip(one, other, strict=True))
 
 
 def _role(call: Call, reads: int) -> str:

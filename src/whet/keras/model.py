@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 from whet.errors import DataError, ModelError
-from whet.keras.sizes import Sizes, note, noted, resize
+from whet.keras.sizes import Sizes, drop, note, noted, resize
 from whet.keras.views import assign_copy, own_weights, to_numpy, walk
 
 Model = Any
@@ -97,7 +97,9 @@ def copy(model: Model) -> Model:
 
 
 def _resized(model: Model, new: Model, sizes: Sizes) -> None:
-    """*In place*: a class of the user's has made its layers in the original's sizes, and numbered them anew."""
+    """*In place*: a class of the user's has made all layers, in the original's sizes, and numbered them anew."""
+    if len(list(walk(new))) != len(list(walk(model))):
+        drop(new, sizes.dropped)
     for (_, old_layer), (_, new_layer) in zip(walk(model), walk(new), strict=False):
         new_layer.name = old_layer.name
     resize(new, sizes, dict(walk(new)))

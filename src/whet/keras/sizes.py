@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from whet.errors import ModelError
 from whet.keras.views import own_weights, unique, walk
 
+_KERAS_LISTS = ("_layers", "_tracked", "_metrics")  # in which Keras itself keeps layers
 _noted: weakref.WeakKeyDictionary[Any, Sizes] = weakref.WeakKeyDictionary()
 
 
@@ -23,7 +24,8 @@ BUILT = "built"  # an attribute of `Sizes`: the shape that the configuration of 
 class Sizes:
     """What removal has made of a model: {layer or operation path: {attribute: value}}, and the shape of each smaller weight.
 
-    dropped: the places of the blocks that left among all that could, one tuple for each time that some did.
+    dropped: the places of the blocks that left among all that could, one tuple for each time that some did; of a subclassed
+    model their places among all its layers.
     """
 
     attributes: Mapping[str, Mapping[str, Any]]
@@ -101,6 +103,33 @@ def resize(model: Any, sizes: Sizes, operations: Mapping[str, Any]) -> None:
         if tuple(weights[name].shape) != shape:
             put(weights[name], np.zeros(shape, np.float32))
     write(operations, sizes.attributes)
+
+
+def holder(model: Any, layer: Any) -> tuple[list[Any], int] | None:
+    """The list among the model's attributes that holds this layer, and where; None where none does."""
+    for name, value in vars(model).items():
+        if isinstance(value, list) and name not in _KERAS_LISTS:
+            for index, item in enumerate(value):
+                if item is layer:
+                    return value, index
+    return None
+
+
+def drop(model: Any, dropped: Sequence[Sequence[int]]) -> None:
+    """*In place*: layers leave the lists in which a subclassed model holds them.
+
+    dropped: for each time that some left, their places among all layers that there were then.
+
+    Raises:
+        ModelError: the model holds no such layer in a list.
+    """
+    for places in dropped:
+        layers = [layer for _, layer in walk(model)]
+        for place in places:
+            found = holder(model, layers[place]) if place < len(layers) else None
+            if found is None:
+                raise ModelError(f"The model given holds no layer number {place} in a list, and what was saved had lost it.")
+            del found[0][found[1]]
 
 
 def write(operations: Mapping[str, Any], attributes: Mapping[str, Mapping[str, Any]]) -> None:
