@@ -17,6 +17,7 @@ LONG = {  # few tests, each of many seconds: begun last, one of them would keep 
     "test_removal_transformers.py",
     "test_checkpoints.py",
     "test_fit_callbacks.py",
+    "test_jax.py",
     "test_lightning.py",
     "test_transformers_trainer.py",
     "test_training_backends.py",
