@@ -1,6 +1,6 @@
-"""Whole layers, measured latency and sensitivity: what is chosen, and what it costs before anything is trained.
+"""Measured latency and sensitivity: what is chosen, and what it costs before anything is trained.
 
-    OMP_NUM_THREADS=1 python benchmarks/structures.py [--only layers,latency,sensitivity] [--quick] [--record out/it.json]
+    OMP_NUM_THREADS=1 python benchmarks/structures.py [--only latency,sensitivity] [--quick] [--record out/it.json]
 
 Accuracies are of CIFAR-10 test images, by the framework; times of ONNX Runtime, one row and one thread, beside the original in
 the same run. Data: see benchmarks/cifar.py.
@@ -12,11 +12,11 @@ import sys
 from typing import Any
 
 import numpy as np
-from cifar import images, resnet20, resnet56
+from cifar import images, resnet20
 from tables import Clock, Table, parser, top1
 
 import whet
-from whet import BlockInfluence, BySensitivity, Channel, Global, Layer, LossChange, OutputChange, Prune
+from whet import BySensitivity, Channel, Global, Prune
 
 COMMAND = "OMP_NUM_THREADS=1 python benchmarks/structures.py"
 
@@ -33,38 +33,6 @@ def original(model: Any, test: Any) -> str:
     from whet.pipeline.compressed import start
 
     return top1(right(start(model, example=test[0][:2]), test), len(test[1]))
-
-
-def layers(train: Any, test: Any, record: Any) -> None:
-    """Blocks leave ResNet-56 by each criterion, and by chance."""
-    table = Table(
-        "layers",
-        "Blocks of ResNet-56 removed without training",
-        ("blocks removed", "criterion", "top-1, %", "MACs left", "seconds (CPU)"),
-        f"{COMMAND} --only layers",
-        record=record,
-    )
-    table.add("0", "", original(resnet56(), test), "1.00", "")
-    x, y = train
-    data = [(x[i : i + 64], y[i : i + 64]) for i in range(0, 256, 64)]
-    for count in (3, 6):
-        for criterion in (OutputChange(), OutputChange(greedy=True), LossChange(), BlockInfluence()):
-            clock = Clock()
-            made = whet.prune(resnet56(), Prune(granularity=Layer(count), criterion=criterion), train=data, progress=False)
-            seconds = clock.read()[1]
-            told = made.steps[0].control["layers"]
-            left = told["after"]["macs"] / told["before"]["macs"]
-            name = type(criterion).__name__ + (" greedy" if getattr(criterion, "greedy", False) else "")
-            table.add(count, name, top1(right(made, test), len(test[1])), f"{left:.2f}", seconds)
-        rng = np.random.default_rng(0)
-        names = list(told["importance"])
-        found = []
-        for _ in range(3):
-            chosen = tuple(rng.choice(names, count, replace=False).tolist())
-            made = whet.prune(resnet56(), Prune(granularity=Layer(count), include=chosen), train=data[:1], progress=False)
-            found.append(100 * right(made, test) / len(test[1]))
-        table.add(count, "by chance, 3 draws", ", ".join(f"{value:.2f}" for value in found), "", "")
-    table.note(f"Measured on 256 training images, top-1 on {len(test[1]):,} test images.")
 
 
 def latency(train: Any, test: Any, record: Any) -> None:
@@ -116,7 +84,7 @@ def sensitivity(train: Any, test: Any, record: Any) -> None:
     )
 
 
-SECTIONS = {"layers": layers, "latency": latency, "sensitivity": sensitivity}
+SECTIONS = {"latency": latency, "sensitivity": sensitivity}
 
 
 def main() -> None:
@@ -127,7 +95,7 @@ def main() -> None:
     unknown = [name for name in given.only.split(",") if name not in SECTIONS]
     if unknown:
         sys.exit(f"There is no section {unknown[0]!r}. Sections: {', '.join(SECTIONS)}.")
-    train, test = images("train", 256), images("test", 256 if given.quick else 2000)
+    train, test = images("train", 256), images("test", 256 if given.quick else 1000)
     for name in given.only.split(","):
         SECTIONS[name](train, test, given.record)
 
