@@ -142,7 +142,7 @@ class Mnist:
         spec = Prune(sparsity, allocation=Global(), schedule=Cubic(end=0.5, frequency=50))
         taught = Train(epochs=epochs, learning_rate=2e-3, apply=(spec, Distill(student_weight=0.1)))
         alone = Train(epochs=epochs, apply=(spec,))
-        for key, label, recipe in (("taught", "the dense model teaches", taught), ("alone", "alone", alone)):
+        for key, label, recipe in (("alone", "alone", alone), ("taught", "the dense model teaches", taught)):
             if key not in self.rows:
                 continue
             clock = tables.Clock()
