@@ -60,7 +60,15 @@ class Lessons:
         """The weighted sum of the losses of the spec on one batch, inside a step that may be traced.
 
         heard: what the student's layers computed; maps: the trained ones, by name. No gradient flows to the teachers.
+
+        Raises:
+            SpecError: layers are compared on several replicas of a TensorFlow strategy, whose traces take turns.
         """
+        if any(self.heard) and _replicas() > 1:
+            raise SpecError(
+                "Layers inside the student are not heard under a TensorFlow strategy of several replicas. Take losses on "
+                "outputs there, or the JAX backend with keras.distribution.DataParallel."
+            )
         outputs = primary(outputs)
         labels = targets if hasattr(targets, "dtype") else None
         taught, its = self.teacher.outputs(inputs, labels, outputs.shape[-1], run=run_inside)
