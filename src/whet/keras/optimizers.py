@@ -50,11 +50,10 @@ def forget(optimizer: Any, variable: Any, where: Any) -> None:
     """*In place*: the moments that `optimizer` keeps of `variable` become zero at the positions `where`."""
     inner = getattr(optimizer, "inner_optimizer", optimizer)
     trained = inner._trainable_variables if getattr(inner, "built", False) else []
-    index = next((i for i, one in enumerate(trained) if one is variable), None)
-    for slots in _by_variable(inner, len(trained)).values() if index is not None else ():
-        slot = slots[index]
-        if slot is not None and tuple(slot.shape) == tuple(variable.shape):
-            slot.assign(keras.ops.where(keras.ops.convert_to_tensor(where), keras.ops.zeros_like(slot.value), slot.value))
+    for slots in _by_variable(inner, len(trained)).values():
+        for one, slot in zip(trained, slots, strict=True):
+            if one is variable and slot is not None and tuple(slot.shape) == tuple(variable.shape):
+                slot.assign(keras.ops.where(keras.ops.convert_to_tensor(where), keras.ops.zeros_like(slot.value), slot.value))
 
 
 def _by_variable(optimizer: Any, count: int) -> dict[str, list[Any]]:
