@@ -52,6 +52,7 @@ RECIPES = {
         ),
         epochs=5,
         rate=0.02,
+        features=0.0,
     ),
     "resnet56": Recipe(
         ("layer1.5", "layer1.8", "layer2.4", "layer2.7", "layer2.8"),
