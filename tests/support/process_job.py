@@ -35,7 +35,7 @@ def run(rank, folder, counts, shard=False, last=None):
         return (outputs.argmax(-1) == targets).astype(np.float64)
 
     apply = [Prune(0.5, schedule=Cubic(end=0.5, frequency=1)), Distill([SoftTargets(), Features("0", "0")])]
-    spec = Train(epochs=3, learning_rate=0.01, apply=apply, accumulate=2, clip=0.5, shard=shard)
+    spec = Train(epochs=3, learning_rate=0.01, apply=apply, accumulate=2, clip=0.3, shard=shard)
     return whet.fit(
         network(16, rank),  # every process comes with other weights, and takes the first one's
         spec,
