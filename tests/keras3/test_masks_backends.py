@@ -55,3 +55,9 @@ def test_masks_move_score_and_resume(backend) -> None:
     assert found["rigl"] == [True, 0.5] and all(row == [True, 0.5] for row in found["criteria"].values())
     step, sparsity, after, is_held = found["resumed"]
     assert step == 16 and 0 < sparsity <= after == 0.5 and is_held
+
+
+def test_a_program_that_fails_there_fails_here() -> None:
+    pytest.importorskip("torch")
+    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+        run_under("torch", "1 / 0")
