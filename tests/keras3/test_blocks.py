@@ -9,7 +9,7 @@ import whet
 from residual_models import KERAS_BLOCKS, TORCH_BLOCKS, data_of, keras_resnet, torch_resnet
 from whet.errors import ModelError
 from whet.keras.blocks import blocks
-from whet.specs import BlockInfluence, Channel, Layer, Prune
+from whet.specs import BlockInfluence, Channel, Layer, OutputChange, Prune
 
 X, Y = data_of("keras")
 TOKENS = np.random.default_rng(0).normal(size=(3, 5, 16)).astype(np.float32)
@@ -141,7 +141,7 @@ def test_the_same_weights_matter_as_much_in_pytorch():
             layer.bias.assign(source.bias.detach().numpy())
     model.layers[-1].kernel.assign(twin.head.weight.detach().numpy().T)
     model.layers[-1].bias.assign(twin.head.bias.detach().numpy())
-    spec = Prune(granularity=Layer(1))
+    spec = Prune(granularity=Layer(1), criterion=OutputChange())
     told = [
         whet.prune(m, spec, train=[data], progress=False).steps[0].control["layers"]
         for m, data in ((twin, data_of("torch")), (model, (X, Y)))

@@ -75,7 +75,8 @@ def test_removal_equals_the_original_whose_branch_is_silent():
 
 
 def test_importance_is_the_change_of_the_outputs():
-    result = whet.prune(torch_resnet(), Prune(granularity=Layer(1)), train=[(X, Y)], progress=False)
+    spec = Prune(granularity=Layer(1), criterion=OutputChange())
+    result = whet.prune(torch_resnet(), spec, train=[(X, Y)], progress=False)
     told = result.steps[0].control["layers"]["importance"]
     reference = torch_resnet()(torch.from_numpy(X)).detach().double().numpy()
     for name in TORCH_BLOCKS:

@@ -61,9 +61,9 @@ def test_refused_with_what_is_allowed(case) -> None:
         make()
 
 
-def test_layers_are_ranked_by_what_their_loss_changes_unless_another_is_named() -> None:
-    assert Prune(0.3, granularity=Layer()).criterion == OutputChange()
-    assert Prune(0.3, granularity=Layer(), criterion=BlockInfluence()).criterion == BlockInfluence()
+def test_layers_are_ranked_by_their_influence_unless_another_is_named() -> None:
+    assert Prune(0.3, granularity=Layer()).criterion == BlockInfluence()
+    assert Prune(0.3, granularity=Layer(), criterion=OutputChange()).criterion == OutputChange()
     assert Prune(0.3).criterion == Magnitude()
 
 

@@ -167,7 +167,7 @@ class Prune:
 
     sparsity: the fraction removed. For removal a budget may stand in its place: macs, parameters, bytes, what is left at most,
     a fraction of the original below 1, else a count; latency, the time of the exported file, measured, a fraction of the
-    original's or a text as "2 ms". criterion: by default Magnitude(), for Layer() OutputChange(). round_to: how many channels
+    original's or a text as "2 ms". criterion: by default Magnitude(), for Layer() BlockInfluence(). round_to: how many channels
     are left is a multiple of it, as far as that leaves any. rebuild: None keeps the model's class; "graph" gives a
     torch.fx.GraphModule, in which sizes that the model's own code fixes can change too.
     """
@@ -191,7 +191,7 @@ class Prune:
         self._check_amount()
         check_type("Prune.granularity", self.granularity, *MASKED, *REMOVED)
         if isinstance(self.granularity, Layer) and self.criterion is _DEFAULT:
-            object.__setattr__(self, "criterion", OutputChange())
+            object.__setattr__(self, "criterion", BlockInfluence())
         check_type("Prune.criterion", self.criterion, *CRITERIA, *BLOCK_CRITERIA)
         check_type("Prune.allocation", self.allocation, *_ALLOCATIONS)
         check_type("Prune.schedule", self.schedule, OneShot, Linear, Cubic, Cosine, Exponential, Iterative, RigL)
