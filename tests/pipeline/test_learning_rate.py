@@ -1,6 +1,8 @@
 """`whet.learning_rate`, and trainings that begin with what it finds."""
 
 import xml.etree.ElementTree as ET
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import whet
 from bench import same
 from whet import Distill, Prune, Train
 from whet.errors import OutputError, SpecError
+from whet.pipeline import rates
 
 QUIET = {"progress": False}
 
@@ -29,18 +32,15 @@ def test_the_greatest_rate_is_found_and_the_model_is_untouched(b, tmp_path):
         found.plot(tmp_path / "rates.svg")
 
 
-def test_a_training_begins_with_the_rate_that_is_found_and_ends_as_with_its_number(b):
-    data = {"train": b.data(96), **QUIET}
-    spec = Train(epochs=2, decay=None, apply=[Prune(0.5), Distill()])
-    teacher = b.build()
-    found = whet.learning_rate(b.build(), b.data(96), spec=spec, teacher=teacher, **QUIET)
-    asked = whet.fit(b.build(), Train(epochs=2, learning_rate="find", decay=None, apply=spec.apply), teacher=teacher, **data)
-    given = whet.fit(
-        b.build(), Train(epochs=2, learning_rate=found.suggestion, decay=None, apply=spec.apply), teacher=teacher, **data
-    )
-    rates = [row["learning_rate"] for row in asked.steps[0].train["history"]]
-    assert rates == [found.suggestion] * 2 and asked.steps[0].train["notes"][0] == str(found)
-    assert same((b.weights(asked.model), 0), (b.weights(given.model), 0))
+def test_a_training_begins_with_the_rate_that_is_found_and_ends_as_with_its_number(b, monkeypatch):
+    monkeypatch.setattr(rates, "searched", partial(rates.searched, steps=20))
+    asked = Train(epochs=1, learning_rate="find", decay=None, apply=[Prune(0.5)])
+    found = whet.learning_rate(b.build(), b.data(96), spec=asked, steps=20, **QUIET)
+    given = replace(asked, learning_rate=found.suggestion)
+    one, other = (whet.fit(b.build(), spec, train=b.data(96), **QUIET) for spec in (asked, given))
+    (row,) = one.steps[0].train["history"]
+    assert row["learning_rate"] == found.suggestion and one.steps[0].train["notes"][0] == str(found)
+    assert same((b.weights(one.model), 0), (b.weights(other.model), 0))
 
 
 def test_what_cannot_be_searched_is_said(b):
