@@ -131,8 +131,8 @@ def split(batch: Any) -> tuple[Any, Any]:
             return batch[0], None
         raise DataError(
             f"A batch is inputs, (inputs, targets) or a dict of inputs, got a sequence of {len(batch)}. "
-            "Several inputs with targets are written ((a, b), targets); sample weights are not taken beside them: put them among "
-            "the targets, (inputs, {'label': y, 'weight': w}), and read them in Train(loss=…)."
+            "Several inputs with targets are written ((a, b), targets); sample weights are not taken beside them: put them "
+            "among the targets, (inputs, {'label': y, 'weight': w}), and read them in Train(loss=…)."
         )
     return batch, None
 

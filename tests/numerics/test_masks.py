@@ -132,6 +132,7 @@ def test_global_masks_are_those_of_the_rank_of_all(many, sparsity) -> None:
 
 def test_a_namespace_that_stays_where_its_arrays_are_selects_the_same() -> None:
     """As on a GPU: torch's own selection, with ties in every array."""
+
     class There(TorchNamespace):
         on_host = staticmethod(lambda x: None)
 

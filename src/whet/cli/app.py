@@ -133,9 +133,7 @@ def _told_before(recipe: Any, train: Any, target: str | None) -> None:
 
     tried = recipes_for(recipe, Batches(train, "train"))
     if len(tried) > 1:
-        typer.echo(
-            f"No recipe given: {len(tried)} are tried, the smallest file first, until one holds the budget.", err=True
-        )
+        typer.echo(f"No recipe given: {len(tried)} are tried, the smallest file first, until one holds the budget.", err=True)
     for one in tried:
         for told in expectations(one, target):
             typer.echo(f"Prune: {told}", err=True)
