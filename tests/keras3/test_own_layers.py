@@ -181,10 +181,12 @@ class Opaque(L.Layer):
 
 def frames(i):
     """A convolution of every frame, and a dense layer at every step."""
-    x = L.TimeDistributed(L.Conv2D(8, 3, activation="relu"), name="conv")(i)
+    x = L.TimeDistributed(L.Conv2D(8, 3, activation="relu", name="conv2d"), name="conv")(i)
     x = L.TimeDistributed(L.DepthwiseConv2D(2, use_bias=False), name="depth")(x)
     x = L.TimeDistributed(L.MaxPooling2D(2))(x)
-    x = L.TimeDistributed(L.Dense(6, activation="relu"), name="each")(L.TimeDistributed(L.GlobalAveragePooling2D())(x))
+    x = L.TimeDistributed(L.Dense(6, activation="relu", name="dense"), name="each")(
+        L.TimeDistributed(L.GlobalAveragePooling2D())(x)
+    )
     return L.Dense(3, name="end")(L.GlobalAveragePooling1D()(x))
 
 
