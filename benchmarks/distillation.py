@@ -202,6 +202,8 @@ def run_cifar(given: argparse.Namespace) -> None:
     head = f"CIFAR-10, ResNet-20 from scratch, {epochs} epochs of {count:,} images in {views} fixed views; ResNet-56 teaches"
     columns = ("", "top-1, %", "gain, points", "to reach")
     command = f"python benchmarks/distillation.py --parts cifar10 --seeds {given.seeds} --epochs {epochs} --images {count}"
+    if given.losses:
+        command += " ".join([" --losses", *map(repr, given.losses)])
     table = tables.Table("distill-cifar10", head, columns, command, record=given.record)
     variants: dict[str, Any] = {
         "labels alone": None,
@@ -239,43 +241,51 @@ def run_cifar(given: argparse.Namespace) -> None:
 
 
 def run_overhead(given: argparse.Namespace) -> None:
-    """Processor seconds of whole trainings: the student alone, the teacher's forward passes alone, and both together."""
+    """Processor time of a step: the student alone, the teacher's forward pass alone, and both in `whet.fit`.
+
+    Of a long epoch less a short one, per batch of the difference: what is looked at once, before the first step, is no step's.
+    """
     from cifar import ResNet20
 
-    batches, rounds = (4, 1) if given.quick else (24, 5)
+    short, long, rounds = (2, 4, 1) if given.quick else (4, 20, 4)
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(64 * batches, 3, 32, 32)).astype(np.float32), rng.integers(0, 10, 64 * batches)
-    head = f"Overhead: an epoch of {batches} batches of 64, ResNet-20 taught by ResNet-56, least of {rounds} runs in turn"
-    columns = ("", "CPU s", "bound, CPU s", "to reach")
+    x, y = rng.normal(size=(64 * long, 3, 32, 32)).astype(np.float32), rng.integers(0, 10, 64 * long)
+    head = f"Overhead of a step of 64 images, ResNet-20 taught by ResNet-56: {long} batches less {short}, median of {rounds} rounds"
+    columns = ("", "CPU ms", "bound, CPU ms", "to reach")
     command = "python benchmarks/distillation.py --parts overhead"
     table = tables.Table("distill-overhead", head, columns, command, record=given.record)
     student, teacher = ResNet20(3), ResNet20(9).eval()
     spent: dict[str, list[float]] = {}
 
-    def timed(name: str, work: Any) -> None:
-        clock = tables.Clock()
-        work()
-        spent.setdefault(name, []).append(clock.seconds()[1])
+    def timed(name: str, work: Callable[[int], Any]) -> None:
+        taken = []
+        for batches in (short, long):
+            clock = tables.Clock()
+            work(64 * batches)
+            taken.append(clock.seconds()[1])
+        spent.setdefault(name, []).append(1000 * (taken[1] - taken[0]) / (long - short))
 
-    def train(loss: Any, teacher: Any) -> Any:
-        apply = [] if loss is None else [Distill(loss)]
-        return lambda: whet.fit(student, Train(epochs=1, apply=apply), train=(x, y), teacher=teacher, progress=False)
+    def train(loss: Any, teacher: Callable[[int], Any]) -> Callable[[int], Any]:
+        fit = Train(epochs=1, apply=[] if loss is None else [Distill(loss)])
+        return lambda n: whet.fit(student, fit, train=(x[:n], y[:n]), teacher=teacher(n), progress=False)
 
     with TemporaryDirectory() as folder:
-        store = whet.teacher_outputs(teacher, x, Path(folder) / "store", progress=False)
+        stores = {
+            64 * n: whet.teacher_outputs(teacher, x[: 64 * n], Path(folder) / str(n), progress=False) for n in (short, long)
+        }
         for _ in range(rounds):
-            timed("student", train(None, None))
-            timed("teacher forward", lambda: forward(teacher, x))
+            timed("student", train(None, lambda n: None))
+            timed("teacher forward", lambda n: forward(teacher, x[:n]))
             for name, loss in (("soft targets", SoftTargets()), ("DKD", DKD()), ("DIST", DIST()), ("logits", LogitsMSE())):
-                timed(f"{name}, live", train([loss], teacher))
-                timed(f"{name}, stored", train([loss], store))
-    least = {name: min(values) for name, values in spent.items()}
-    for name, seconds in least.items():
+                timed(f"{name}, live", train([loss], lambda n: teacher))
+                timed(f"{name}, stored", train([loss], stores.__getitem__))
+    median = {name: float(np.median(values)) for name, values in spent.items()}
+    for name, step in median.items():
         live = name.endswith("live")
-        bound = 1.1 * least["student"] + (least["teacher forward"] if live else 0.0)
+        bound = 1.1 * (median["student"] + (median["teacher forward"] if live else 0.0))
         is_bound = name.endswith(("live", "stored"))
-        told = tables.against(seconds, round(bound, 2), most=True) if is_bound else ""
-        table.add(name, f"{seconds:.2f}", f"{bound:.2f}" if is_bound else "", told)
+        told = tables.against(round(step, 1), round(bound, 1), most=True) if is_bound else ""
+        table.add(name, f"{step:.1f}", f"{bound:.1f}" if is_bound else "", told)
 
 
 def forward(model: nn.Module, x: np.ndarray) -> None:

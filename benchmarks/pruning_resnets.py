@@ -44,15 +44,13 @@ class Recipe:
 
 RECIPES = {
     "resnet20": Recipe(
-        (),
+        ("layer1.0",),
         (
-            (0.5, ("layer1.0", "layer2.[012]", "layer3.[01]")),
-            (0.5625, ("layer3.2",)),
-            (0.25, ("layer1.1",)),
+            (0.5, ("layer2.[012]", "layer3.[01]")),
+            (0.375, ("layer3.2",)),
         ),
         epochs=5,
         rate=0.02,
-        features=0.0,
     ),
     "resnet56": Recipe(
         ("layer1.5", "layer1.8", "layer2.4", "layer2.7", "layer2.8"),
