@@ -250,7 +250,7 @@ def run_overhead(given: argparse.Namespace) -> None:
     short, long, rounds = (2, 4, 1) if given.quick else (4, 20, 4)
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(64 * long, 3, 32, 32)).astype(np.float32), rng.integers(0, 10, 64 * long)
-    head = f"Overhead of a step of 64 images, ResNet-20 taught by ResNet-56: {long} batches less {short}, median of {rounds} rounds"
+    head = f"Overhead of a step of 64 images, ResNet-20 taught by ResNet-56: {long} batches less {short}, median of {rounds}"
     columns = ("", "CPU ms", "bound, CPU ms", "to reach")
     command = "python benchmarks/distillation.py --parts overhead"
     table = tables.Table("distill-overhead", head, columns, command, record=given.record)
