@@ -117,7 +117,7 @@ def _odd_channels(operations: Sequence[Operation]) -> list[str]:
     odd = [operation for operation in operations if operation.channels is not None and operation.channels % BLOCK]
     if not odd:
         return []
-    named = ", ".join(f"{operation.name!r} has {operation.channels}" for operation in odd[:_NAMED])
+    named = ", ".join(f"{repr(one.name) if one.name else one.op} has {one.channels}" for one in odd[:_NAMED])
     more = f" and {len(odd) - _NAMED} more" if len(odd) > _NAMED else ""
     return [
         f"odd channel counts: {len(odd)} of the convolutions have output channels that are no multiple of {BLOCK} ({named}"
