@@ -32,7 +32,7 @@ LOSSES = {
     "DKD": DKD(),
     "DIST": DIST(),
     "logits": LogitsMSE(),
-    "features": Features("layer2.2.conv2", "layer2.2.conv2"),
+    "features": Features("layer2-2-conv2", "layer2-2-conv2"),
 }
 
 
