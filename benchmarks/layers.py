@@ -8,7 +8,6 @@ MNIST's digits. Every row is one run of one seed.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import cifar
 import numpy as np
 import torch
 from structures import right
-from tables import Clock, Table, parser, top1
+from tables import Clock, Table, chosen, parser, top1
 from torch import nn
 from torch.nn import functional as F
 
@@ -181,11 +180,8 @@ def main() -> None:
     options.add_argument("models", nargs="*")
     options.add_argument("--criteria", nargs="*", default=[], help="these alone, as OutputChange or 'OutputChange greedy'")
     given = options.parse_args()
-    unknown = [name for name in given.models if name not in CASES]
-    if unknown:
-        sys.exit(f"There is no model {unknown[0]!r}. Models: {', '.join(CASES)}.")
     torch.set_num_threads(1)
-    for name in given.models or CASES:
+    for name in chosen(given.models, CASES, "model"):
         measure(CASES[name](given.quick), name, given.criteria, given.record)
 
 

@@ -196,8 +196,7 @@ def main() -> None:
     options.add_argument("--out", help="a folder that keeps the models and files")
     options.add_argument("--again", action="store_true", help="measure what an earlier run left in --out, without training")
     args = options.parse_args()
-    if unknown := set(args.models) - set(RECIPES):
-        options.error(f"{', '.join(sorted(unknown))}: the models are {', '.join(RECIPES)}.")
+    models = tables.chosen(args.models, RECIPES, "model")
     if args.again and not args.out:
         options.error("--again needs the --out of the run that trained.")
     if args.quick:
@@ -207,7 +206,7 @@ def main() -> None:
     head = "Blocks and channels removed from CIFAR-10's ResNets, at most 5 epochs of SGD taught by the original; ONNX Runtime"
     command = "python benchmarks/pruning_resnets.py --out FOLDER" + (", timed again with `--again`" if args.again else "")
     table = tables.Table("resnets", head, ("", "original", "pruned", "less", "to reach"), command, record=args.record)
-    for name in args.models or RECIPES:
+    for name in models:
         recipe = RECIPES[name]
         epochs = recipe.epochs if args.epochs is None else args.epochs
         run(name, replace(recipe, epochs=epochs, rate=args.rate or recipe.rate), table, args)

@@ -8,12 +8,11 @@ the same run. Data: see benchmarks/cifar.py.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
 from cifar import images, resnet20
-from tables import Clock, Table, parser, top1
+from tables import Clock, Table, chosen, parser, top1
 
 import whet
 from whet import BySensitivity, Channel, Global, Prune
@@ -92,11 +91,9 @@ def main() -> None:
     options = parser(__doc__ or "")
     options.add_argument("--only", default=",".join(SECTIONS), help="sections, comma-separated")
     given = options.parse_args()
-    unknown = [name for name in given.only.split(",") if name not in SECTIONS]
-    if unknown:
-        sys.exit(f"There is no section {unknown[0]!r}. Sections: {', '.join(SECTIONS)}.")
+    sections = chosen(given.only.split(","), SECTIONS, "section")
     train, test = images("train", 256), images("test", 256 if given.quick else 1000)
-    for name in given.only.split(","):
+    for name in sections:
         SECTIONS[name](train, test, given.record)
 
 

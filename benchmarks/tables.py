@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,15 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="a small part of everything, to see that it runs")
     made.add_argument("--record", type=Path, help="also put the tables into this JSON file")
     return made
+
+
+def chosen(names: Sequence[str], known: Iterable[str], what: str) -> list[str]:
+    """`names`, or all that are known where none is given; the program ends with a sentence where one is not known."""
+    every = list(known)
+    for name in names:
+        if name not in every:
+            sys.exit(f"There is no {what} {name!r}. It is one of {', '.join(every)}.")
+    return list(names) or every
 
 
 def read(path: Path) -> list[Table]:

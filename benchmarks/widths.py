@@ -7,7 +7,6 @@ Medians of processor time on one thread, files in alternation. Data: see benchma
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +16,7 @@ import cifar
 import numpy as np
 import onnxruntime
 import torch
-from tables import Table, parser
+from tables import Table, chosen, parser
 from torch import nn
 
 import whet
@@ -99,11 +98,8 @@ def main() -> None:
     options = parser(__doc__ or "")
     options.add_argument("sections", nargs="*")
     given = options.parse_args()
-    unknown = [name for name in given.sections if name not in SECTIONS]
-    if unknown:
-        sys.exit(f"There is no section {unknown[0]!r}. Sections: {', '.join(SECTIONS)}.")
     torch.manual_seed(0)
-    for name in given.sections or SECTIONS:
+    for name in chosen(given.sections, SECTIONS, "section"):
         SECTIONS[name](3 if given.quick else 40, given.record)
 
 

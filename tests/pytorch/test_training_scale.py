@@ -101,15 +101,18 @@ def together(tmp_path_factory):
     return folder
 
 
+def saved(folder, name, what):
+    """What one process saved alone, and both processes of the job `name`."""
+    return (np.load(folder / f"{job}/{what}-{rank}.npz") for job, rank in (("one", 0), (name, 0), (name, 1)))
+
+
 def told(folder, rank):
     return json.loads((folder / f"told-{rank}.json").read_text())
 
 
 @pytest.mark.parametrize("name", ["two", "shard"])
 def test_processes_together_give_what_one_gives_and_score_every_row_of_val_once(together, name):
-    alone, first, second = (
-        np.load(together / f"{folder}/weights-{rank}.npz") for folder, rank in (("one", 0), (name, 0), (name, 1))
-    )
+    alone, first, second = saved(together, name, "weights")
     for key in alone.files:
         assert np.array_equal(first[key], second[key]), key
         np.testing.assert_allclose(first[key], alone[key], atol=2e-5, err_msg=key)
@@ -123,9 +126,7 @@ def test_processes_together_give_what_one_gives_and_score_every_row_of_val_once(
 
 @pytest.mark.parametrize("name", ["two", "shard"])
 def test_processes_together_train_quantized_weights_as_one_does(together, name):
-    alone, first, second = (
-        np.load(together / f"{folder}/codes-{rank}.npz") for folder, rank in (("one", 0), (name, 0), (name, 1))
-    )
+    alone, first, second = saved(together, name, "codes")
     for key in alone.files:
         assert np.array_equal(first[key], second[key]), key
         assert np.mean(first[key] != alone[key]) < 0.05, key
