@@ -7,7 +7,7 @@ import pytest
 
 import whet
 from residual_models import KERAS_BLOCKS, TORCH_BLOCKS, build, data_of
-from whet import BySensitivity, Channel, Group, Layer, LossChange, Prune, Quantize
+from whet import BySensitivity, Channel, Group, Layer, LossChange, Prune, Quantize, Reconstruct
 from whet.runtimes.sessions import open_session
 
 QUIET = {"progress": False}
@@ -16,6 +16,7 @@ TECHNIQUES = {
     "loss": Prune(macs=0.7, granularity=Layer(), criterion=LossChange(greedy=True)),
     "channels": Prune(0.5, granularity=Channel(), round_to=1),
     "sensitivity": Prune(0.5, granularity=Channel(), round_to=2, allocation=BySensitivity(trials=1, batches=1)),
+    "reconstructed": Prune(0.5, granularity=Channel(), round_to=1, reconstruct=Reconstruct(batches=1)),
     "group": Prune(granularity=Channel(), sparsity=0.5),  # its positions are named for each framework, see `spec_of`
 }
 VAIN = {
@@ -23,6 +24,7 @@ VAIN = {
     "loss": Prune(macs=0.99, granularity=Layer(), criterion=LossChange(), include=("nothing",)),
     "channels": Prune(0.5, granularity=Channel(), keep=("*",)),
     "sensitivity": Prune(0.5, granularity=Channel(), allocation=BySensitivity(trials=1), keep=("*",)),
+    "reconstructed": Prune(0.5, granularity=Channel(), keep=("*",), reconstruct=Reconstruct()),
     "group": Prune(granularity=Group({"stem.weight": {0: tuple(range(8))}, "stem/kernel": {3: tuple(range(8))}}, coupled=True)),
 }
 SUFFIX = {"torch": "onnx", "keras": "tflite"}
@@ -79,7 +81,7 @@ def outputs(compressed, framework, seed=5):
     return compressed.side.predict(compressed.model, data_of(framework, seed=seed)[0])
 
 
-@pytest.mark.parametrize("technique", ["layers", "loss", "channels", "group"], indirect=True)
+@pytest.mark.parametrize("technique", ["layers", "loss", "channels", "reconstructed", "group"], indirect=True)
 def test_the_model_is_untouched_and_so_are_others_random_numbers(technique, framework, result):
     model = build(framework)
     before = arrays(model, framework)
@@ -104,21 +106,21 @@ def test_fewer_weights_are_left_and_the_report_says_which(technique, framework, 
         assert told["before"]["parameters"] - told["after"]["parameters"] == trainable
 
 
-@pytest.mark.parametrize("technique", ["layers", "group"], indirect=True)
+@pytest.mark.parametrize("technique", ["layers", "reconstructed", "group"], indirect=True)
 def test_it_saves_and_loads_the_same(technique, framework, result, tmp_path):
     folder = result.save(tmp_path / "saved")
     loaded = whet.load(folder, build(framework))
     assert np.array_equal(outputs(loaded, framework), outputs(result, framework)) and loaded.steps == result.steps
 
 
-@pytest.mark.parametrize("technique", ["layers", "loss", "group"], indirect=True)
+@pytest.mark.parametrize("technique", ["layers", "loss", "reconstructed", "group"], indirect=True)
 def test_its_file_gives_what_it_gives(technique, framework, result, tmp_path):
     file = result.export(tmp_path / f"model.{SUFFIX[framework]}")
     found = open_session(file, threads=1).run(data_of(framework, seed=5)[0])
     assert np.abs(found - outputs(result, framework)).max() < 1e-4
 
 
-@pytest.mark.parametrize("technique", ["layers"], indirect=True)
+@pytest.mark.parametrize("technique", ["layers", "reconstructed"], indirect=True)
 def test_the_rest_can_still_be_quantized(technique, framework, result, tmp_path):
     made = whet.quantize(result, Quantize(), calibration=data_of(framework, 32)[0], **QUIET)
     signal, noise = outputs(result, framework), outputs(made, framework) - outputs(result, framework)
@@ -130,7 +132,7 @@ def test_nothing_to_remove_is_an_error(technique, framework):
         whet.prune(build(framework), VAIN[technique], train=[data_of(framework)], **QUIET)
 
 
-@pytest.mark.parametrize("technique", ["layers", "sensitivity"], indirect=True)
+@pytest.mark.parametrize("technique", ["layers", "sensitivity", "reconstructed"], indirect=True)
 def test_half_precision_is_kept(technique, framework):
     if framework == "torch":
         model = build(framework).bfloat16()

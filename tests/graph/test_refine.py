@@ -160,7 +160,7 @@ def requests(*nodes, outputs):
     graph = Graph(nodes, ("input:0",), outputs)
     weights = {n.weight: WeightView(n.weight, n.layer, np.ones((2, 2, 1, 1), np.float32), 0, 1) for n in nodes if n.weight}
     plan = solve(Calibration(graph, {}), weights, {}, Quantize(Int(4), None), ORT).plan
-    return [[(r.weight, r.beside) for r in wave] for wave in waves_of(graph, plan)]
+    return [[(r.weight, r.beside) for r in wave] for wave in waves_of(graph, plan.weights)]
 
 
 def test_parallel_layers_share_a_pass_and_the_last_branch_of_a_sum_mends_the_other():

@@ -130,6 +130,16 @@ class Groups:
             if (found := {d: np.flatnonzero(~gone[axis]) for d, axis in enumerate(axes) if gone[axis].any()})
         }
 
+    def read(self, gone: Gone) -> dict[str, dict[int, IntArray]]:
+        """The positions, of every axis of every tensor, that read what is gone: zeros there silence it."""
+        ids, found = self.structure.ids, dict[str, dict[int, IntArray]]()
+        for name, axes in self._held.items():
+            held = self.structure.held[name].value
+            rows = {d: np.flatnonzero(gone[axis] & ids.is_contracted(held[d])) for d, axis in enumerate(axes)}
+            if rows := {d: at for d, at in rows.items() if len(at)}:
+                found[name] = rows
+        return found
+
     def is_empty(self, gone: Gone) -> str | None:
         """A tensor that would have no position left on some axis."""
         for name, axes in self._held.items():

@@ -9,7 +9,7 @@ into the plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -107,7 +107,7 @@ def refine(
     if not refines(spec):
         return solved
     work = _Work(solved.plan, graph, weights, biases, spec)
-    waves = waves_of(graph, solved.plan)
+    waves = waves_of(graph, work.plan.weights)
     with task("Rounding" if not isinstance(spec.rounding, Nearest) else "Correcting biases", None, enabled=progress) as bar:
         bar.total = sum(len(wave) for wave in waves)
         for wave in waves:
@@ -180,7 +180,7 @@ class _Work:
         errors = [[float(np.sum(q.error(m.weight[g]))) for g, q in enumerate(quadratics)] for m in (start, found)]
         signal = sum(float(np.sum(s.target_variance)) for s in seen)
         self._store(name, found, where.array(found.codes), tensors, isinstance(self.spec.rounding, Nearest))
-        self.rows[name] |= {"output_db": _db(signal, sum(errors[1])), "nearest_db": _db(signal, sum(errors[0]))}
+        self.rows[name] |= {"output_db": decibels(signal, sum(errors[1])), "nearest_db": decibels(signal, sum(errors[0]))}
 
     def note_others(self, seen: set[str]) -> None:
         """List the layers whose weights are no matrices of rows: embeddings, attention, recurrent layers."""
@@ -231,12 +231,12 @@ class _Work:
         self.rows[name] = row | ({} if found.damping is None else {"damping": found.damping})
 
 
-def waves_of(graph: Graph, plan: Plan) -> list[list[Request]]:
-    """The weights of `plan` in the graph's order, those together that see nothing of each other (q, k, v; branches)."""
-    upstream = _upstream(graph)
+def waves_of(graph: Graph, weights: Collection[str]) -> list[list[Request]]:
+    """These weights in the graph's order, those together that see nothing of each other (q, k, v; branches)."""
+    upstream = upstream_of(graph)
     calls: dict[str, list[Node]] = {}
     for node in graph.nodes:
-        if node.op in WEIGHTED and node.weight in plan.weights and node.inputs:
+        if node.op in WEIGHTED and node.weight in weights and node.inputs:
             calls.setdefault(str(node.weight), []).append(node)
     waves: list[list[Request]] = []
     held: set[str] = set()
@@ -251,7 +251,7 @@ def waves_of(graph: Graph, plan: Plan) -> list[list[Request]]:
     return waves
 
 
-def _upstream(graph: Graph) -> dict[str, set[str]]:
+def upstream_of(graph: Graph) -> dict[str, set[str]]:
     """For every value, the weights that it depends on."""
     found: dict[str, set[str]] = {value: set() for value in graph.inputs}
     for node in graph.nodes:
@@ -279,6 +279,6 @@ def _beside(graph: Graph, node: Node, upstream: Mapping[str, set[str]], weights:
     return None
 
 
-def _db(signal: float, error: float) -> float | None:
+def decibels(signal: float, error: float) -> float | None:
     """Signal over error in dB; None where there is no error, or no signal."""
     return 10 * math.log10(signal / error) if signal > 0 and error > 0 else None

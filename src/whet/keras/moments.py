@@ -191,7 +191,8 @@ class KerasRunner:
                 program.kernels[name].variable.assign(array)
             round_at_run_time(program, plan)
             own, self._used = Evaluator(self.model, program, calibration, plan), {}
-        changed = [name for name in plan.weights if name in self.nodes and self._is_new(plan, name)]
+        named = dict.fromkeys((*plan.weights, *plan.tensors))
+        changed = [name for name in named if name in self.nodes and self._is_new(plan, name)]
         for name in changed:
             self.assign(own.program, plan, name)
         if any(own.has_run(call.node.name) for name in changed for call in self.nodes[name]):
@@ -202,7 +203,7 @@ class KerasRunner:
     def _is_new(self, plan: Plan, name: str) -> bool:
         """Whether a weight, or the bias beside it, is rounded in another way than when it was assigned last."""
         bias = self.nodes[name][0].node.bias or ""
-        state = (plan.weights[name], plan.codes.get(name), plan.tensors.get(name), plan.tensors.get(bias))
+        state = (plan.weights.get(name), plan.codes.get(name), plan.tensors.get(name), plan.tensors.get(bias))
         before, self._used[name] = self._used.get(name), state
         return before is None or any(a is not b for a, b in zip(state, before, strict=True))
 
@@ -211,7 +212,8 @@ class KerasRunner:
         kernel, bias = self.program.kernels[name], self.nodes[name][0].node.bias
         array = np.asarray(quantized_view(kernel).array, np.float32)
         array = plan.tensors[name].reshape(array.shape) if name in plan.tensors else array
-        program.kernels[name].variable.assign(plan.rounded(name, array).reshape(kernel.variable.shape))
+        stored = plan.rounded(name, array) if name in plan.weights else array
+        program.kernels[name].variable.assign(stored.reshape(kernel.variable.shape))
         if bias is None:
             return
         values = plan.tensors.get(bias, to_numpy(self.program.biases[bias])).astype(np.float32)

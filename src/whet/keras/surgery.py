@@ -149,17 +149,14 @@ def tolerance_of(model: Any) -> float:
 @contextmanager
 def silenced(model: Any, reading: Reading, gone: Gone) -> Iterator[None]:
     """The original with the weights that read these groups at zero."""
-    ids, weights = reading.groups.structure.ids, named_weights(model)
+    weights = named_weights(model)
     kept: dict[str, Any] = {}
-    for name, axes in reading.groups.held_roots().items():
-        held = reading.groups.structure.held[name]
-        for d, roots in enumerate(axes):
-            at = np.flatnonzero(gone[roots] & ids.is_contracted(held.value[d]))
-            if len(at):
-                value = np.array(to_numpy(weights[name]))
-                kept.setdefault(name, value.copy())
-                value[(slice(None),) * d + (at,)] = 0
-                weights[name].assign(value)
+    for name, axes in reading.groups.read(gone).items():
+        kept[name] = to_numpy(weights[name]).copy()
+        value = kept[name].copy()
+        for d, at in axes.items():
+            value[(slice(None),) * d + (at,)] = 0
+        weights[name].assign(value)
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from whet.errors import DataError
 from whet.numerics.moments import Float64s, Floats, Moments, Quadratic
@@ -121,3 +122,27 @@ def merged(a: Regression | None, b: Regression) -> Regression:
         mixed(a.target_second, b.target_second),
         count,
     )
+
+
+def reconstructed(
+    seen: Regression,
+    near: Floats,
+    rows: npt.NDArray[np.bool_],
+    columns: npt.NDArray[np.bool_],
+    bias: Floats | None,
+    damping: float,
+) -> Float64s:
+    """The weight of least `E|t - W x̂ - b|² + λ |W - near|²` that reads the `columns` alone; other `rows` stay as in `near`.
+
+    near: (rows, columns), zero in columns that are not read. bias: (rows,) as it is, or None where it is free. λ is
+    `damping + columns / rows of data` of the mean `E[x̂²]`: few rows tell little about many columns.
+    """
+    found = np.array(near, np.float64)
+    at, read = np.flatnonzero(rows), np.flatnonzero(columns)
+    if not len(at) or not len(read):
+        return found
+    whole = seen.quadratic(bias)
+    part = Quadratic(whole.hessian[np.ix_(read, read)], whole.linear[np.ix_(at, read)], whole.constant[at])
+    part = part.damped(found[np.ix_(at, read)], damping + len(read) / max(seen.count, 1))
+    found[np.ix_(at, read)] = np.linalg.solve(part.hessian, part.linear.T).T
+    return found

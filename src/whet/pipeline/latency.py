@@ -81,7 +81,7 @@ def prune_to_latency(compressed: Compressed, spec: Prune, data: Batches | None, 
 
         def tried(lost: list[int], number: int, loss: float, predicted: float) -> Trial:
             path = Path(folder) / f"{number}{target.suffix}"
-            return _tried(compressed, spec, found, lost, target, file, path, (loss, predicted))
+            return _tried(compressed, spec, data, found, lost, target, file, path, (loss, predicted))
 
         try:
             trials = rounds(choose, tried, limit / original, original)
@@ -163,6 +163,7 @@ def _corrected(trial: Trial, limit: float, wanted: float, original: float) -> fl
 def _tried(
     compressed: Compressed,
     spec: Prune,
+    data: Batches | None,
     found: Removable,
     lost: list[int],
     target: Target,
@@ -172,9 +173,9 @@ def _tried(
 ) -> Trial:
     """Remove for real, on a copy, export, and time beside the original."""
     side = compressed.side
-    cut = Prune(granularity=found.named(lost), rebuild=spec.rebuild)
+    cut = Prune(granularity=found.named(lost), rebuild=spec.rebuild, reconstruct=spec.reconstruct)
     model, masks, step = side.remove(
-        side.copy(compressed.float_model), cut, example=compressed.example, masks=compressed.masks, data=None
+        side.copy(compressed.float_model), cut, example=compressed.example, masks=compressed.masks, data=data
     )
     exported(compressed, model, target, path)
     before, after = (float(np.median(times.ms)) for times in time_files(compressed, [original, path]))

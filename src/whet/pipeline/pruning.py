@@ -60,7 +60,7 @@ def _pruned(compressed: Compressed, spec: Prune, data: Batches | None, target: T
         return remove_blocks(compressed, spec, data)
     if spec.removes:
         compressed.float_model, compressed.masks, step = compressed.side.remove(
-            compressed.float_model, spec, example=compressed.example, masks=compressed.masks, data=data
+            compressed.float_model, spec, example=compressed.example, masks=compressed.masks, data=data, progress=progress
         )
         return step
     compressed.masks, step = compressed.side.prune(compressed.float_model, spec, masks=compressed.masks, data=data)

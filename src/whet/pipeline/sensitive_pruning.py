@@ -152,9 +152,9 @@ def _channels(compressed: Compressed, spec: Prune, data: Batches | None, inputs:
     lost = [row[option] for row, option in zip(options, choice.options, strict=True)]
     if not any(lost):
         raise ModelError(f"Prune would remove nothing at sparsity {spec.fraction:g}. Raise sparsity= or lower round_to=.")
-    cut = Prune(granularity=found.named(lost), rebuild=spec.rebuild)
+    cut = Prune(granularity=found.named(lost), rebuild=spec.rebuild, reconstruct=spec.reconstruct)
     compressed.float_model, compressed.masks, step = side.remove(
-        compressed.float_model, cut, example=compressed.example, masks=compressed.masks, data=None
+        compressed.float_model, cut, example=compressed.example, masks=compressed.masks, data=data, progress=progress
     )
     rows = [
         {"name": family.name, "sparsity": count / len(family), "tried": costs[index], "options": options[index]}

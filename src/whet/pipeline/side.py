@@ -55,7 +55,14 @@ class Side(Protocol):
         """*In place*: zero the least important weights. Weights masked before stay masked and count as removed."""
 
     def remove(
-        self, model: Model, spec: Prune, *, example: Any, masks: Masks, data: Batches | None = None
+        self,
+        model: Model,
+        spec: Prune,
+        *,
+        example: Any,
+        masks: Masks,
+        data: Batches | None = None,
+        progress: bool = False,
     ) -> tuple[Model, Masks, Step]:
         """*In place* where it can be: remove channels or heads. The smaller model, masks without them, and what was done."""
 

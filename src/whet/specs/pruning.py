@@ -151,6 +151,29 @@ class RigL:
 Schedule = OneShot | Linear | Cubic | Cosine | Exponential | Iterative | RigL
 
 
+# --- and then
+
+
+@spec
+@dataclass(frozen=True, slots=True)
+class Reconstruct:
+    """What stays is solved anew, layer after layer, so that it gives again what the original gave (no training, no targets).
+
+    `min_W E|t - W x̂ - b|² + λ |W - W₀|²` over the weights W behind what was removed: x̂ are their inputs in the model as it is
+    so far, t the original's outputs there, and λ is `damping + columns / rows` of the mean E[x̂²] (least squares on what is
+    left: He et al. 2017, arXiv:1707.06168, eq. 3). A batch norm behind W gets the statistics, scale and shift that belong to
+    it. Looks at `batches` batches of the data.
+    """
+
+    _: KW_ONLY
+    batches: int = 8
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_integer("Reconstruct.batches", self.batches, low=1)
+        check_number("Reconstruct.damping", self.damping, low=0, high=1e6)
+
+
 Allocation = Uniform | Global | ERK | Isomorphic | BySensitivity
 _ALLOCATIONS = (Uniform, Global, ERK, Isomorphic, BySensitivity)
 AMOUNTS = ("sparsity", "macs", "parameters", "bytes", "latency")
@@ -169,7 +192,8 @@ class Prune:
     a fraction of the original below 1, else a count; latency, the time of the exported file, measured, a fraction of the
     original's or a text as "2 ms". criterion: by default Magnitude(), for Layer() BlockInfluence(). round_to: how many channels
     are left is a multiple of it, as far as that leaves any. rebuild: None keeps the model's class; "graph" gives a
-    torch.fx.GraphModule, in which sizes that the model's own code fixes can change too.
+    torch.fx.GraphModule, in which sizes that the model's own code fixes can change too. reconstruct: solve the weights behind
+    what was removed anew; needs data.
     """
 
     sparsity: float | None = None
@@ -186,6 +210,7 @@ class Prune:
     include: tuple[str, ...] | None = None
     round_to: int = 8
     rebuild: str | None = None
+    reconstruct: Reconstruct | None = None
 
     def __post_init__(self) -> None:
         self._check_amount()
@@ -272,6 +297,8 @@ class Prune:
             raise SpecError("BySensitivity is measured once: leave schedule= out, then train what is left.")
         if self.rebuild is not None and (not self.removes or isinstance(self.granularity, Layer)):
             raise SpecError("Prune.rebuild is for Channel(), Head() and Group(…); masks and Layer() change no code.")
+        if self.reconstruct is not None:
+            self._check_reconstruct()
 
     def _check_sparsegpt(self) -> None:
         """Layer by layer, at once."""
@@ -284,6 +311,17 @@ class Prune:
             raise SpecError("SparseGPT goes layer by layer and compares no two: take allocation=Uniform() or ERK().")
         if not isinstance(self.schedule, OneShot):
             raise SpecError("SparseGPT prunes at once, after training: leave schedule= out, or ramp with OBS().")
+
+    def _check_reconstruct(self) -> None:
+        """Weights that read what was removed are solved, where only some of their inputs are gone."""
+        check_type("Prune.reconstruct", self.reconstruct, Reconstruct)
+        if isinstance(self.granularity, Layer):
+            raise SpecError("Reconstruct() solves what reads removed channels; Layer() removes none: leave reconstruct= out.")
+        if not self.removes:
+            raise SpecError(
+                f"Reconstruct() follows a removal, and {type(self.granularity).__name__} is a mask: take "
+                "criterion=SparseGPT(), which changes the weights that remain."
+            )
 
     @property
     def fraction(self) -> float:

@@ -50,6 +50,7 @@ from whet.specs.pruning import (
     Linear,
     OneShot,
     Prune,
+    Reconstruct,
     RigL,
     Uniform,
 )
@@ -148,6 +149,7 @@ __all__ = [
     "Quantize",
     "Random",
     "Recipe",
+    "Reconstruct",
     "Regression",
     "RigL",
     "SimilarityPreserving",

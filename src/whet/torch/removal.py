@@ -10,6 +10,7 @@ from whet.errors import ModelError
 from whet.graph.cutting import changed, cut_masks
 from whet.graph.groups import Gone
 from whet.graph.placement import unmatched
+from whet.graph.reconstruction import check_reconstruct
 from whet.graph.removable import may_leave
 from whet.graph.selection import choose, eligible
 from whet.graph.views import Masks
@@ -20,11 +21,19 @@ from whet.torch.constants import fold_constants, put_back
 from whet.torch.groups import Reading, read_model
 from whet.torch.importance import scores_of
 from whet.torch.rebuild import keep_records, new_sizes, plain_record, rebuilt
+from whet.torch.repair import repair
 from whet.torch.surgery import SIZES, Surgeon, departure, note, noted, slice_optimizer, tolerance_of
 
 
 def remove(
-    model: Any, spec: Prune, *, example: Any, masks: Masks | None = None, data: Batches | None = None, optimizer: Any = None
+    model: Any,
+    spec: Prune,
+    *,
+    example: Any,
+    masks: Masks | None = None,
+    data: Batches | None = None,
+    optimizer: Any = None,
+    progress: bool = False,
 ) -> tuple[Any, Masks, Step]:
     """*In place* unless a graph is built: remove channels or heads of `model`.
 
@@ -34,8 +43,10 @@ def remove(
         ModelError: the model's graph cannot be drawn, nothing would leave, or the result is not the original with the
             removed channels silenced.
         SpecError: the criterion needs data.
+        DataError: the reconstruction needs data.
     """
     started, plain = time.perf_counter(), to_dict(spec)
+    check_reconstruct(spec, data)
     reading = read_model(model, example, dynamic=spec.rebuild is not None)
     groups, surgeon = reading.groups, Surgeon(model, reading, example)
     found = eligible(groups, spec)
@@ -44,6 +55,10 @@ def remove(
     gone = choose(groups, families, scores_of(model, list(families), spec.criterion, data), spec)
     kept, before = groups.kept(gone), dict(model.named_parameters(remove_duplicate=False))
     original = surgeon.outputs()
+    repaired, replaced = None, list[tuple[Any, Any]]()
+    if spec.reconstruct is not None and data is not None:
+        options: dict[str, Any] = {"data": data, "example": example, "masks": masks or {}, "progress": progress}
+        repaired, replaced = repair(model, reading, gone, spec.reconstruct, **options)
     constants = fold_constants(model, reading, gone)
     try:
         if spec.rebuild is None:
@@ -52,6 +67,8 @@ def remove(
             model = rebuild(model, reading, gone, surgeon, example)
     except ModelError:
         put_back(constants)
+        for tensor, values in replaced:
+            tensor.data = values
         raise
     if optimizer is not None:
         after = dict(model.named_parameters(remove_duplicate=False))
@@ -68,6 +85,7 @@ def remove(
             "tolerance": tolerance_of(model),
             "change": departure(model, example, original),
             **constants.to_dict(),
+            **({} if repaired is None else {"reconstructed": repaired.to_dict()}),
         },
     )
     return model, cut_masks(masks or {}, kept), step

@@ -71,15 +71,10 @@ class Surgeon:
 
     def _zeros(self, gone: Gone) -> dict[int, tuple[Any, list[tuple[int, Any]]]]:
         """The weights that read these groups, by id, and at which positions."""
-        ids, found = self._groups.structure.ids, {}
-        for name, axes in self._groups.held_roots().items():
-            held, zeros = self._groups.structure.held[name], []
-            for d, roots in enumerate(axes):
-                at = np.flatnonzero(gone[roots] & ids.is_contracted(held.value[d]))
-                if len(at):
-                    zeros.append((d, torch.from_numpy(at).to(self._tensor(name).device)))
-            if zeros:
-                found[id(self._tensor(name))] = self._tensor(name), zeros
+        found = {}
+        for name, axes in self._groups.read(gone).items():
+            tensor = self._tensor(name)
+            found[id(tensor)] = tensor, [(d, torch.from_numpy(at).to(tensor.device)) for d, at in axes.items()]
         return found
 
     @contextmanager
