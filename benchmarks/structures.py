@@ -1,6 +1,6 @@
-"""Measured latency and sensitivity: what is chosen, and what it costs before anything is trained.
+"""Measured latency, sensitivity and reconstruction: what is chosen, and what it costs before anything is trained.
 
-    OMP_NUM_THREADS=1 python benchmarks/structures.py [--only latency,sensitivity] [--quick] [--record out/it.json]
+    OMP_NUM_THREADS=1 python benchmarks/structures.py [--only latency,sensitivity,reconstruction] [--quick] [--record …]
 
 Accuracies are of CIFAR-10 test images, by the framework; times of ONNX Runtime, one row and one thread, beside the original in
 the same run. Data: see benchmarks/cifar.py.
@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from cifar import images, resnet20
+from cifar import folder, images, resnet20
 from tables import Clock, Table, chosen, parser, top1
 
 import whet
-from whet import BySensitivity, Channel, Global, Prune
+from whet import BySensitivity, Channel, Global, Prune, Reconstruct
 
 COMMAND = "OMP_NUM_THREADS=1 python benchmarks/structures.py"
 
@@ -83,7 +83,50 @@ def sensitivity(train: Any, test: Any, record: Any) -> None:
     )
 
 
-SECTIONS = {"latency": latency, "sensitivity": sensitivity}
+def reconstruction(train: Any, test: Any, record: Any) -> None:
+    """ResNet-20 without channels inside its blocks, and without training, in both frameworks."""
+    table = Table(
+        "reconstruction",
+        "Channels inside the blocks of ResNet-20 removed, no training, top-1 of the model, %",
+        (
+            "of the channels",
+            "MACs",
+            "PyTorch",
+            "with Reconstruct()",
+            "Keras",
+            "with Reconstruct()",
+            "seconds PyTorch, Keras (CPU)",
+        ),
+        f"{COMMAND} --only reconstruction",
+        record=record,
+    )
+    import keras_litert
+    from safetensors.numpy import load_file
+
+    models = {"torch": resnet20(), "keras": keras_litert.resnet20(load_file(folder() / "resnet20.safetensors"))}
+    before = whet.inspect(models["torch"], test[0][:1]).macs
+    for sparsity in (0.125, 0.25, 0.375, 0.5):
+        cells, seconds, macs = [], [], 0
+        for side, model in models.items():
+            turn = (lambda x: x) if side == "torch" else (lambda x: x.transpose(0, 2, 3, 1))
+            data = [(turn(train[0][i : i + 64]), train[1][i : i + 64]) for i in range(0, len(train[0]), 64)]
+            layers = "layer*.conv1" if side == "torch" else "layer*conv1"
+            for solved in (None, Reconstruct(batches=len(data))):
+                clock = Clock()
+                spec = Prune(sparsity, granularity=Channel(), round_to=4, include=(layers,), reconstruct=solved)
+                made = whet.prune(model, spec, train=data, progress=False)
+                if solved is not None:
+                    seconds.append(f"{clock.seconds()[1]:.0f}")
+                cells.append(top1(right(made, (turn(test[0]), test[1])), len(test[1])))
+                macs = whet.inspect(made.model, turn(test[0])[:1]).macs if side == "torch" else macs
+        table.add(f"{sparsity:.1%}", f"{before / macs:.2f} times fewer", *cells, ", ".join(seconds))
+    table.note(
+        f"Solved on {len(train[0])} training images without their labels, top-1 on {len(test[1]):,} test images; the original: "
+        f"{original(resnet20(), test)}."
+    )
+
+
+SECTIONS = {"latency": latency, "sensitivity": sensitivity, "reconstruction": reconstruction}
 
 
 def main() -> None:
@@ -92,7 +135,7 @@ def main() -> None:
     options.add_argument("--only", default=",".join(SECTIONS), help="sections, comma-separated")
     given = options.parse_args()
     sections = chosen(given.only.split(","), SECTIONS, "section")
-    train, test = images("train", 256), images("test", 256 if given.quick else 1000)
+    train, test = images("train", 1024), images("test", 256 if given.quick else 1000)
     for name in sections:
         SECTIONS[name](train, test, given.record)
 

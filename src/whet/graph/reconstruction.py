@@ -128,7 +128,7 @@ def reconstruct(folded: Folded, groups: Groups, gone: Gone, spec: Reconstruct, r
             reason = _closed(name, nodes, folded)
             if reason is None:
                 wanted[name] = nodes[0]
-            else:
+            elif len(groups.structure.held[name].shape) > 1:  # not the scale of a norm
                 found.skipped.append({"name": nodes[0].layer, "reason": reason})
     with task("Reconstructing", len(wanted), enabled=progress) as bar:
         for wave in waves_of(folded.graph, wanted):
