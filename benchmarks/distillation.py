@@ -150,25 +150,24 @@ def run_mnist(given: argparse.Namespace) -> None:
 
 
 def run_banking(given: argparse.Namespace) -> None:
-    """A 4-layer transformer teaches a 2-layer one of half the width, by attention, hidden states and soft targets."""
+    """A 4-layer transformer teaches a 2-layer one of half the width, by attention, hidden states and its outputs."""
     train, test, words = data.banking()
     if given.quick:
         train = ({key: value[:512] for key, value in train[0].items()}, train[1][:512])
-    epochs = 1 if given.quick else given.epochs or 20
+    epochs = 1 if given.quick else given.epochs or 40
     head = f"Banking77, {epochs} epochs of {len(train[1]):,} questions, words of the training set; all from scratch"
     columns = ("", "top-1, %", "gain, points", "to reach")
-    command = f"python benchmarks/distillation.py --parts banking77 --seeds {given.seeds} --epochs {epochs}"
+    command = f"python benchmarks/distillation.py --parts banking77 --seeds {given.seeds} --epochs {epochs}" + _losses(given)
     table = tables.Table("distill-banking77", head, columns, command, record=given.record)
     layers, attention = "encoder.layers.?", "encoder.layers.?.self_attn"
+    inside = [AttentionMatrices(attention, attention, weight=0.1), Features(layers, layers, weight=0.1)]
     variants = {
+        "attention, hidden states, DIST": [DIST(temperature=1.0), *inside],
+        "attention, hidden states, soft targets": [SoftTargets(2.0), *inside],
         "soft targets": [SoftTargets(2.0)],
-        "attention, hidden states, soft targets": [
-            SoftTargets(2.0),
-            AttentionMatrices(attention, attention, weight=0.1),
-            Features(layers, layers, weight=0.1),
-        ],
         "value relations, soft targets": [SoftTargets(2.0), AttentionRelations(attention, attention)],
     }
+    variants = {name: losses for name, losses in variants.items() if name in (given.losses or variants)}
     fit = Train(epochs=epochs, learning_rate=1e-3, weight_decay=0.01)
 
     def trained(seed: int) -> dict[str, float]:
@@ -189,7 +188,12 @@ def run_banking(given: argparse.Namespace) -> None:
             scores.setdefault(name, []).append(score)
         print(f"seed {seed}: " + ", ".join(f"{name} {values[-1]:.2f}" for name, values in scores.items()), flush=True)
     lone = "student alone, 2 layers"
-    show(table, scores, lone, {"attention, hidden states, soft targets": [(lone, 1.0)]})
+    show(table, scores, lone, {name: [(lone, 1.0)] for name in variants if name.startswith("attention")})
+
+
+def _losses(given: argparse.Namespace) -> str:
+    """What the command line says of the variants."""
+    return " ".join([" --losses", *map(repr, given.losses)]) if given.losses else ""
 
 
 def run_cifar(given: argparse.Namespace) -> None:
@@ -202,8 +206,7 @@ def run_cifar(given: argparse.Namespace) -> None:
     head = f"CIFAR-10, ResNet-20 from scratch, {epochs} epochs of {count:,} images in {views} fixed views; ResNet-56 teaches"
     columns = ("", "top-1, %", "gain, points", "to reach")
     command = f"python benchmarks/distillation.py --parts cifar10 --seeds {given.seeds} --epochs {epochs} --images {count}"
-    if given.losses:
-        command += " ".join([" --losses", *map(repr, given.losses)])
+    command += _losses(given)
     table = tables.Table("distill-cifar10", head, columns, command, record=given.record)
     variants: dict[str, Any] = {
         "labels alone": None,
@@ -305,7 +308,7 @@ def main() -> int:
     options.add_argument("--seeds", type=int, default=3, choices=range(1, 6))
     options.add_argument("--epochs", type=int, help="instead of each part's own, but MNIST's")
     options.add_argument("--images", type=int, default=50_000, help="of CIFAR-10's training set")
-    options.add_argument("--losses", nargs="+", help="of CIFAR-10's variants")
+    options.add_argument("--losses", nargs="+", help="of the variants of Banking77 and CIFAR-10")
     options.add_argument("--store", help="a folder that keeps ResNet-56's outputs")
     options.add_argument("--kept", type=Path, help="a JSON file that keeps every score, for a run that is cut off")
     options.add_argument("--threads", type=int, default=1)

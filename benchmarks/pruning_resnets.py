@@ -55,7 +55,7 @@ RECIPES = {
             (0.5, ("layer1.[12]", "layer2.[01]", "layer3.0")),
             (0.25, ("layer3.[12]",)),
         ),
-        epochs=5,
+        epochs=12,
         rate=0.04,
         features=8.0,
         reconstruct=True,
@@ -157,10 +157,12 @@ def run(name: str, recipe: Recipe, table: tables.Table, args: argparse.Namespace
             made = pruned(original, recipe, [(x[i : i + 128], y[i : i + 128]) for i in range(0, 512, 128)])
             print(f"chosen and removed in {clock.seconds()[1]:.1f} s of processor time", flush=True)
             train(made, getattr(cifar, name)(), Crops(x, y, args.batch), recipe, args.teacher, saved)
-        measure(name, original, made, table, place, args)
+        measure(name, recipe.epochs, original, made, table, place, args)
 
 
-def measure(name: str, original: Any, made: Any, table: tables.Table, place: Path, args: argparse.Namespace) -> None:
+def measure(
+    name: str, epochs: int, original: Any, made: Any, table: tables.Table, place: Path, args: argparse.Namespace
+) -> None:
     """Export both and run them in alternation: accuracies with intervals, and how many times fewer MACs and milliseconds."""
     test = cifar.images("test", args.tested)
     data = [(test[0][i : i + 500], test[1][i : i + 500]) for i in range(0, len(test[0]), 500)]
@@ -174,7 +176,7 @@ def measure(name: str, original: Any, made: Any, table: tables.Table, place: Pat
     fewer, top1, faster = BARS[name]
     right = [int(np.sum(row.scores)) for row in (one, two)]
     low, high = paired_drop(one.scores, two.scores)
-    table.add(f"{name}: MACs", f"{before.macs:,}", f"{after.macs:,}", *ratio(before.macs, after.macs, fewer))
+    table.add(f"{name}, {epochs} epochs: MACs", f"{before.macs:,}", f"{after.macs:,}", *ratio(before.macs, after.macs, fewer))
     table.add(
         f"{name}: parameters", f"{before.parameters:,}", f"{after.parameters:,}", *ratio(before.parameters, after.parameters)
     )
@@ -213,7 +215,7 @@ def main() -> None:
         args.epochs, args.tested = 0, 500
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    head = "Blocks and channels removed from CIFAR-10's ResNets, at most 5 epochs of SGD taught by the original; ONNX Runtime"
+    head = "Blocks and channels removed from CIFAR-10's ResNets, then SGD taught by the original; ONNX Runtime"
     command = "python benchmarks/pruning_resnets.py --out FOLDER" + (", timed again with `--again`" if args.again else "")
     table = tables.Table("resnets", head, ("", "original", "pruned", "less", "to reach"), command, record=args.record)
     for name in models:
