@@ -1,11 +1,13 @@
 """`Reconstruct()`: what stays after a removal makes up for it, in both frameworks alike."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import whet
 from residual_models import build, data_of
-from whet import Channel, Group, Head, Layer, Prune, Recipe, Reconstruct
+from whet import BySensitivity, Channel, Group, Head, Layer, Prune, Recipe, Reconstruct
 from whet.errors import DataError, SpecError
 
 QUIET = {"progress": False}
@@ -212,9 +214,16 @@ def test_heads_are_made_up_for_too(framework):
     assert off(solved, reference, x) < off(plain, reference, x)
 
 
-def test_the_rebuilt_graph_holds_the_solution():
-    from dataclasses import replace
+def test_channels_chosen_by_sensitivity_are_made_up_for_too(framework):
+    model, x = lively(framework), data_of(framework, 32)
+    spec = Prune(0.5, granularity=Channel(), round_to=2, allocation=BySensitivity(trials=1, batches=1))
+    plain, solved = (whet.prune(model, replace(spec, reconstruct=rec), train=[x], **QUIET) for rec in (None, Reconstruct()))
+    reference = plain.side.predict(model, x[0])
+    assert off(solved, reference, x[0]) < 0.25 * off(plain, reference, x[0])
+    assert plain.steps[0].changed == solved.steps[0].changed and solved.steps[0].control["sensitivity"]
 
+
+def test_the_rebuilt_graph_holds_the_solution():
     model, x = lively("torch"), data_of("torch", 32)
     own, graph = (whet.prune(model, replace(SOLVED, rebuild=kind), train=[x], **QUIET) for kind in (None, "graph"))
     one, two = (found.side.predict(found.model, x[0]) for found in (own, graph))

@@ -5,7 +5,7 @@ import pytest
 
 import whet
 from residual_models import build, data_of
-from whet import BySensitivity, Channel, Prune
+from whet import BySensitivity, Channel, Prune, Reconstruct
 from whet.errors import DataError, ModelError, SpecError
 from whet.pipeline.latency_table import Axis, Times
 from whet.runtimes.latency import alternate
@@ -57,8 +57,10 @@ INNER = {"torch": ("first.0.conv1", "first.1.conv1"), "keras": ("*",)}
 @pytest.mark.parametrize("framework", ["torch", "keras"])
 def test_the_file_becomes_faster_and_is_measured_beside_the_original(framework, tmp_path, small):
     model, (x, _) = build(framework, 32), data_of(framework)
-    spec = Prune(latency=0.9, granularity=Channel(), round_to=32 if framework == "keras" else 8, include=INNER[framework])
-    made = whet.prune(model, spec, example=x, target="onnxruntime", **QUIET)
+    options = {"round_to": 32 if framework == "keras" else 8, "include": INNER[framework]}
+    spec = Prune(latency=0.9, granularity=Channel(), reconstruct=Reconstruct(batches=1), **options)
+    made = whet.prune(model, spec, train=[x], target="onnxruntime", **QUIET)
+    assert made.steps[0].removal["reconstructed"]["layers"]
     told = made.steps[0].control["latency"]
     assert told["target"] == told["table_target"] == "onnxruntime" and told["limit"] == pytest.approx(0.9)
     assert told["files"] >= 4 and len(told["trials"]) == 1 and all(row["ms"] > 0 for row in told["table"])
