@@ -55,7 +55,7 @@ RECIPES = {
             (0.5, ("layer1.[12]", "layer2.[01]", "layer3.0")),
             (0.25, ("layer3.[12]",)),
         ),
-        epochs=12,
+        epochs=5,
         rate=0.04,
         features=8.0,
         reconstruct=True,
