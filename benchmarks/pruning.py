@@ -58,6 +58,12 @@ class Moving:
             yield channels(self.x[at[:, None, None], rows[:, :, None], columns[:, None, :]], self.last), self.y[at]
 
 
+def asked(arguments: list[str]) -> list[str]:
+    """The arguments without the record's file."""
+    at = arguments.index("--record") if "--record" in arguments else len(arguments)
+    return [*arguments[:at], *arguments[at + 2 :]]
+
+
 def channels(x: np.ndarray, last: bool) -> np.ndarray:
     """With an axis of one channel, last for Keras."""
     return x[..., None] if last else x[:, None]
@@ -123,7 +129,7 @@ class Mnist:
             f"Unstructured sparsity on MNIST, 10,000 test images, {'Keras' if self.keras else 'PyTorch'}; images for training "
             + (f"move by up to {self.shift} pixels" if self.shift else "do not move"),
             ("", "weights removed, %", "error, %", "to reach", "loss of accuracy, points [95 %]", "CPU s"),
-            " ".join(["python benchmarks/pruning.py", *sys.argv[1:]]),
+            " ".join(["python benchmarks/pruning.py", *asked(sys.argv[1:])]),
             record=given.record,
         )
 
