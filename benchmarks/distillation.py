@@ -167,7 +167,7 @@ def run_banking(given: argparse.Namespace) -> None:
         "soft targets": [SoftTargets(2.0)],
         "value relations, soft targets": [SoftTargets(2.0), AttentionRelations(attention, attention)],
     }
-    variants = {name: losses for name, losses in variants.items() if name in (given.losses or variants)}
+    variants = {name: variants[name] for name in tables.chosen(given.losses or [], variants, "variant of Banking77")}
     fit = Train(epochs=epochs, learning_rate=1e-3, weight_decay=0.01)
 
     def trained(seed: int) -> dict[str, float]:
@@ -216,7 +216,7 @@ def run_cifar(given: argparse.Namespace) -> None:
         "soft targets, features": [SoftTargets(4.0), Features("layer?", "layer?", weight=0.3)],
         "soft targets, standardized": SoftTargets(2.0, standardize=True),
     }
-    scores: dict[str, list[float]] = {}
+    names, scores = tables.chosen(given.losses or [], variants, "variant of CIFAR-10"), dict[str, list[float]]()
     with TemporaryDirectory() as folder:
         every = data.Views(x, y, 128, views, at=None)
         store = whet.teacher_outputs(resnet56(), every, Path(given.store or folder) / "resnet56", progress=False)
@@ -224,7 +224,7 @@ def run_cifar(given: argparse.Namespace) -> None:
             name: None if loss is None else resnet56() if isinstance(loss, list) else store for name, loss in variants.items()
         }
         for seed in range(given.seeds):
-            for name in given.losses or variants:
+            for name in names:
                 loss = variants[name]
                 apply = [] if loss is None else [Distill(loss, student_weight=0.1)]
                 fit = Train(epochs=epochs, learning_rate=2e-3, weight_decay=5e-4, precision="bfloat16", apply=apply)

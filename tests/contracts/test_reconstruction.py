@@ -129,7 +129,7 @@ def test_weights_in_front_of_batch_norms_keep_their_size():
     model = lively("torch")
     before = model.first[0].conv2.weight.detach()
     made = whet.prune(
-        model, Prune(0.5, granularity=Channel(), round_to=1, include=("first.0.conv1",)), example=data_of("torch")[0]
+        model, Prune(0.5, granularity=Channel(), round_to=1, include=("first.0.conv1",)), example=data_of("torch")[0], **QUIET
     )
     solved = whet.prune(
         model,

@@ -135,9 +135,9 @@ class Groups:
         ids, found = self.structure.ids, dict[str, dict[int, IntArray]]()
         for name, axes in self._held.items():
             held = self.structure.held[name].value
-            rows = {d: np.flatnonzero(gone[axis] & ids.is_contracted(held[d])) for d, axis in enumerate(axes)}
-            if rows := {d: at for d, at in rows.items() if len(at)}:
-                found[name] = rows
+            readers = {d: gone[axis] & ids.is_contracted(held[d]) for d, axis in enumerate(axes)}
+            if any(at.any() for at in readers.values()):
+                found[name] = {d: np.flatnonzero(at) for d, at in readers.items() if at.any()}
         return found
 
     def is_empty(self, gone: Gone) -> str | None:

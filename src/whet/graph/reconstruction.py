@@ -22,7 +22,7 @@ from whet.graph.ids import IntArray
 from whet.graph.matrices import Layout, layout
 from whet.graph.nodes import Graph, Node
 from whet.graph.placement import Plan
-from whet.graph.refine import Request, Runner, decibels, upstream_of, waves_of
+from whet.graph.refine import Runner, decibels, upstream_of, waves_of
 from whet.graph.views import WeightView
 from whet.numerics.regression import Regression, reconstructed
 from whet.numerics.threads import threads_for
@@ -117,64 +117,72 @@ def check_reconstruct(spec: Prune, data: Any) -> None:
         )
 
 
-def reconstruct(folded: Folded, groups: Groups, gone: Gone, spec: Reconstruct, runner: Runner, progress: bool) -> Reconstructed:
+def solve(folded: Folded, groups: Groups, gone: Gone, spec: Reconstruct, runner: Runner, progress: bool) -> Reconstructed:
     """The weights behind the groups that are `gone`, solved."""
     silent = {name: _zeroed(runner.tensor(name), axes) for name, axes in groups.read(gone).items()}
-    plan = Plan(Quantize(activations=None), "", {}, {}, {}, folds=folded.folds, tensors=dict(silent))
-    upstream, readers, found = upstream_of(folded.graph), _readers(folded.graph), Reconstructed()
-    kept, wanted = groups.kept(gone), dict[str, Node]()
-    for name, nodes in readers.items():
-        if name in silent or any(silent.keys() & upstream[node.inputs[0]] for node in nodes if node.inputs):
-            reason = _closed(name, nodes, folded)
-            if reason is None:
-                wanted[name] = nodes[0]
-            elif len(groups.structure.held[name].shape) > 1:  # not the scale of a norm
-                found.skipped.append({"name": nodes[0].layer, "reason": reason})
+    plan = Plan(Quantize(activations=None), "", {}, {}, {}, folds=folded.folds, tensors=silent)
+    work = _Work(folded, groups, groups.kept(gone), spec.damping, dict(silent))
+    wanted = work.wanted()
     with task("Reconstructing", len(wanted), enabled=progress) as bar:
         for wave in waves_of(folded.graph, wanted):
             seen = runner.regressions(plan, wave)
-            tensors = dict(plan.tensors)
             for request in wave:
-                _solve(request, wanted[request.weight], seen.get(request.weight), folded, groups, kept, spec, tensors, found)
+                work.layer(request.weight, wanted[request.weight], seen.get(request.weight))
                 bar.advance(note=request.weight)
-            plan = replace(plan, tensors=tensors)
-    return found
+            plan = replace(plan, tensors=dict(work.tensors))
+    return work.found
 
 
-def _solve(
-    request: Request,
-    node: Node,
-    seen: tuple[Regression, ...] | None,
-    folded: Folded,
-    groups: Groups,
-    kept: Mapping[str, Mapping[int, IntArray]],
-    spec: Reconstruct,
-    tensors: dict[str, Float32s],
-    found: Reconstructed,
-) -> None:
-    """Solve one weight, into `tensors` and `found`."""
-    name = request.weight
-    if seen is None:
-        found.skipped.append({"name": node.layer, "reason": "its inputs are no rows of a matrix product"})
-        return
-    view = folded.weights[name]
-    where = layout(view, node.op, len(seen))
-    stays = _stays(groups.structure.held[name].shape, kept.get(name, {})).reshape(view.array.shape)
-    if where.transposed and where.groups > 1:
-        found.skipped.append({"name": node.layer, "reason": "it is a grouped transposed convolution"})
-        return
-    own = None if node.bias is None else folded.biases.get(node.bias)
-    done = _matrices(where, view, stays, own, _is_free(node, own, folded.graph), seen, spec.damping)
-    weight = where.array(np.stack(done.weight)).astype(np.float32).reshape(groups.structure.held[name].shape)
-    bias, tensors[name] = np.concatenate(done.bias).astype(np.float32) if done.bias else None, weight
-    if bias is not None and node.bias is not None:
-        tensors[node.bias] = bias
-    found.solved[name] = Solved(
-        weight, bias, np.concatenate(done.rows), np.concatenate(done.mean), np.concatenate(done.variance)
-    )
-    found.rows.append(
-        {"name": name, "silenced_db": decibels(done.signal, done.before), "output_db": decibels(done.signal, done.after)}
-    )
+@dataclass(slots=True)
+class _Work:
+    """The model as it grows: tensors are what takes the place of the folded model's own. kept: positions that remain."""
+
+    folded: Folded
+    groups: Groups
+    kept: Mapping[str, Mapping[int, IntArray]]
+    damping: float
+    tensors: dict[str, Float32s]
+    found: Reconstructed = field(default_factory=Reconstructed)
+
+    def wanted(self) -> dict[str, Node]:
+        """The weights that read what leaves, or what others behind it make, and may be solved; others are listed."""
+        graph, silent, wanted = self.folded.graph, self.tensors.keys(), dict[str, Node]()
+        upstream = upstream_of(graph)
+        for name, nodes in _readers(graph).items():
+            if name not in silent and not any(silent & upstream[node.inputs[0]] for node in nodes if node.inputs):
+                continue
+            reason = _closed(name, nodes, self.folded)
+            if reason is None:
+                wanted[name] = nodes[0]
+            elif len(self.groups.structure.held[name].shape) > 1:  # not the scale of a norm
+                self._skip(nodes[0], reason)
+        return wanted
+
+    def layer(self, name: str, node: Node, seen: tuple[Regression, ...] | None) -> None:
+        """Solve one weight."""
+        if seen is None:
+            self._skip(node, "its inputs are no rows of a matrix product")
+            return
+        view, shape = self.folded.weights[name], self.groups.structure.held[name].shape
+        where = layout(view, node.op, len(seen))
+        if where.transposed and where.groups > 1:
+            self._skip(node, "it is a grouped transposed convolution")
+            return
+        stays = where.matrices(_stays(shape, self.kept.get(name, {})).reshape(view.array.shape))
+        own = None if node.bias is None else self.folded.biases.get(node.bias)
+        done = _matrices(where, view, stays, own, _is_free(node, own, self.folded.graph), seen, self.damping)
+        weight = where.array(np.stack(done.weight)).astype(np.float32).reshape(shape)
+        bias = np.concatenate(done.bias).astype(np.float32) if done.bias else None
+        self.tensors[name] = weight
+        if bias is not None:
+            self.tensors[str(node.bias)] = bias
+        rows = np.concatenate(done.rows)
+        self.found.solved[name] = Solved(weight, bias, rows, np.concatenate(done.mean), np.concatenate(done.variance))
+        before, after = decibels(done.signal, done.before), decibels(done.signal, done.after)
+        self.found.rows.append({"name": name, "silenced_db": before, "output_db": after})
+
+    def _skip(self, node: Node, reason: str) -> None:
+        self.found.skipped.append({"name": node.layer, "reason": reason})
 
 
 @dataclass(slots=True)
@@ -194,15 +202,15 @@ class _Done:
 def _matrices(
     where: Layout,
     view: WeightView,
-    stays: npt.NDArray[np.bool_],
+    left: npt.NDArray[np.bool_],
     own: Float32s | None,
     is_free: bool,
     seen: tuple[Regression, ...],
     damping: float,
 ) -> _Done:
-    """Every group's matrix, solved over its rows and columns that stay. own: the bias; is_free: whether it may follow."""
+    """Every group's matrix, solved over what is `left` of it. own: the bias; is_free: whether it may follow."""
     done, bias = _Done(), where.rows(np.zeros(where.outputs) if own is None else own.astype(np.float64))
-    old, left = where.matrices(np.asarray(view.array, np.float64)), where.matrices(stays)
+    old = where.matrices(np.asarray(view.array, np.float64))
     for g, moments in enumerate(seen):
         rows, columns = left[g].any(axis=1), left[g].any(axis=0)
         silenced = np.where(columns, old[g], 0.0)

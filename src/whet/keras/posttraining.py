@@ -17,12 +17,12 @@ from whet.graph.nodes import Graph
 from whet.graph.placement import Placement, Plan, rules_for
 from whet.graph.refine import needs_data, refine, refines
 from whet.graph.solve import Calibration, solve
+from whet.keras.block_rounding import round_blocks
 from whet.keras.calibrate import calibrate
 from whet.keras.clone import Model, Program, assemble
 from whet.keras.model import forward, is_plain, predict
 from whet.keras.moments import KerasRunner
 from whet.keras.quantize import arrays
-from whet.keras.reconstruct import reconstruct
 from whet.keras.trace import lowered
 from whet.keras.variables import named_variables
 from whet.records import Step
@@ -56,7 +56,7 @@ def quantize(
         runner = KerasRunner(model, example, calibration, equalized.tensors)
         solved = refine(solved, program.graph, weights, biases, runner, progress=progress)
         if isinstance(spec.rounding, AdaRound) and spec.rounding.blocks:
-            plan, rows = reconstruct(solved.plan, program.graph, weights, runner, spec.rounding, progress=progress)
+            plan, rows = round_blocks(solved.plan, program.graph, weights, runner, spec.rounding, progress=progress)
             changed = tuple({**row, **rows.get(row["name"], {})} for row in solved.changed)
             solved = replace(solved, plan=plan, changed=changed)
         if spec.correct_bias is not None and spec.correct_bias.analytic:

@@ -19,7 +19,7 @@ from whet.keras.groups import read_model
 from whet.keras.importance import scores_of
 from whet.keras.model import copy, random_state_kept
 from whet.keras.optimizers import slice_optimizer
-from whet.keras.repair import repair
+from whet.keras.reconstruction import reconstruct
 from whet.keras.sizes import named_weights
 from whet.keras.views import walk
 from whet.records import Step
@@ -69,11 +69,11 @@ def remove(
     gone = choose(groups, families, scores_of(work, list(families), spec.criterion, data), spec)
     kept, names = groups.kept(gone), [path for path, _ in walk(work)] + list(named_weights(work))
     original, tolerance = surgery.outputs(work, example), surgery.tolerance_of(work)
-    repaired = None
+    solved = None
     if spec.reconstruct is not None and data is not None:
         options: dict[str, Any] = {"data": data, "example": example, "masks": masks or {}, "progress": progress}
         with random_state_kept():  # layers with a bias for the batch norm are initialized
-            repaired = repair(work, reading, gone, spec.reconstruct, **options)
+            solved = reconstruct(work, reading, gone, spec.reconstruct, **options)
     constants = fold_constants(work, reading, gone, surgery.outputs, example)
     made, worst = surgery.removed(work, reading, gone, example)
     if optimizer is not None:
@@ -85,6 +85,6 @@ def remove(
         tuple({"name": name, "reason": reason} for name, reason in dict.fromkeys(skipped)),
         time.perf_counter() - started,
         unmatched=tuple(unmatched(dict.fromkeys(names, ()), (*spec.keep, *(spec.include or ())))),
-        removal=known | constants.to_dict() | ({} if repaired is None else {"reconstructed": repaired.to_dict()}),
+        removal=known | constants.to_dict() | ({} if solved is None else {"reconstructed": solved.to_dict()}),
     )
     return made, cut_masks(masks or {}, kept), step

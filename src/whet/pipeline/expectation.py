@@ -97,4 +97,9 @@ def _removed(spec: Prune, where: str) -> str:
     rounded = (
         f", and widths that are no multiple of {spec.round_to} are avoided" if spec.round_to > 1 and unit == "channel" else ""
     )
-    return f"{told}{rounded}. Accuracy falls until the rest is trained: put Train(…) behind it."
+    after = (
+        "Accuracy falls until the rest is trained: put Train(…) behind it; reconstruct=Reconstruct() gives part back at once."
+        if spec.reconstruct is None
+        else "What stays is solved anew on the data, which gives back part of the accuracy; Train(…) behind it gives back more."
+    )
+    return f"{told}{rounded}. {after}"

@@ -15,9 +15,9 @@ from whet.graph.solve import solve
 from whet.records import Step
 from whet.specs import Int, Quantize, Target, to_dict
 from whet.specs.quantization import AdaRound
+from whet.torch.block_rounding import round_blocks
 from whet.torch.model import predict
 from whet.torch.moments import TorchRunner
-from whet.torch.reconstruct import reconstruct
 from whet.torch.trace import check_calibration, trace
 
 
@@ -50,7 +50,7 @@ def quantize(
         runner = TorchRunner(model, graph, dict(folds), calibration, equalized.tensors)
         solved = refine(solved, graph, traced.weights, traced.biases, runner, progress=progress)
         if isinstance(spec.rounding, AdaRound) and spec.rounding.blocks and calibration is not None:
-            plan, rows = reconstruct(solved.plan, graph, traced.weights, calibration, runner, spec.rounding, progress=progress)
+            plan, rows = round_blocks(solved.plan, graph, traced.weights, calibration, runner, spec.rounding, progress=progress)
             changed = tuple({**row, **rows.get(row["name"], {})} for row in solved.changed)
             solved = replace(solved, plan=plan, changed=changed)
         if spec.correct_bias is not None and spec.correct_bias.analytic:

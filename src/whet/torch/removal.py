@@ -21,7 +21,7 @@ from whet.torch.constants import fold_constants, put_back
 from whet.torch.groups import Reading, read_model
 from whet.torch.importance import scores_of
 from whet.torch.rebuild import keep_records, new_sizes, plain_record, rebuilt
-from whet.torch.repair import repair
+from whet.torch.reconstruction import reconstruct
 from whet.torch.surgery import SIZES, Surgeon, departure, note, noted, slice_optimizer, tolerance_of
 
 
@@ -55,10 +55,10 @@ def remove(
     gone = choose(groups, families, scores_of(model, list(families), spec.criterion, data), spec)
     kept, before = groups.kept(gone), dict(model.named_parameters(remove_duplicate=False))
     original = surgeon.outputs()
-    repaired, replaced = None, list[tuple[Any, Any]]()
+    solved, replaced = None, list[tuple[Any, Any]]()
     if spec.reconstruct is not None and data is not None:
         options: dict[str, Any] = {"data": data, "example": example, "masks": masks or {}, "progress": progress}
-        repaired, replaced = repair(model, reading, gone, spec.reconstruct, **options)
+        solved, replaced = reconstruct(model, reading, gone, spec.reconstruct, **options)
     constants = fold_constants(model, reading, gone)
     try:
         if spec.rebuild is None:
@@ -85,7 +85,7 @@ def remove(
             "tolerance": tolerance_of(model),
             "change": departure(model, example, original),
             **constants.to_dict(),
-            **({} if repaired is None else {"reconstructed": repaired.to_dict()}),
+            **({} if solved is None else {"reconstructed": solved.to_dict()}),
         },
     )
     return model, cut_masks(masks or {}, kept), step

@@ -8,7 +8,7 @@ import numpy as np
 
 from whet.data import Batches
 from whet.graph.groups import Gone
-from whet.graph.reconstruction import Folded, Normed, Reconstructed, Solved, reconstruct
+from whet.graph.reconstruction import Folded, Normed, Reconstructed, Solved, solve
 from whet.graph.views import Masks, WeightView
 from whet.keras.groups import Reading
 from whet.keras.moments import KerasRunner
@@ -19,7 +19,7 @@ from whet.keras.views import to_numpy, walk
 from whet.specs import Reconstruct
 
 
-def repair(
+def reconstruct(
     model: Any, reading: Reading, gone: Gone, spec: Reconstruct, *, data: Batches, example: Any, masks: Masks, progress: bool
 ) -> Reconstructed:
     """*In place*, before the groups that are `gone` leave: weights behind them that make up for it. Weights with `masks` stay
@@ -33,7 +33,7 @@ def repair(
     some = Batches(data.some(spec.batches, 0), data.what)
     runner = KerasRunner(model, example, some, {})
     folded = Folded(program.graph, tuple(program.folds), weights, biases, closed)
-    found = reconstruct(folded, reading.groups, gone, spec, runner, progress)
+    found = solve(folded, reading.groups, gone, spec, runner, progress)
     norms, own = {layer: norm for norm, layer in program.folds}, named_weights(model)
     shared = {node.weight: node.bias for node in program.graph.nodes}
     for name, solved in found.solved.items():

@@ -43,7 +43,7 @@ class _Cached:
     wanted: npt.NDArray[np.float32]
 
 
-def reconstruct(
+def round_blocks(
     plan: Plan, graph: Graph, weights: Mapping[str, WeightView], runner: KerasRunner, spec: AdaRound, *, progress: bool
 ) -> tuple[Plan, dict[str, dict[str, Any]]]:
     """See `learn_blocks`: every block by the data that calibration gives it."""

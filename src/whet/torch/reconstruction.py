@@ -9,7 +9,7 @@ import torch
 
 from whet.data import Batches
 from whet.graph.groups import Gone
-from whet.graph.reconstruction import Folded, Normed, Reconstructed, Solved, reconstruct
+from whet.graph.reconstruction import Folded, Normed, Reconstructed, Solved, solve
 from whet.graph.views import Masks, WeightView
 from whet.specs import Reconstruct
 from whet.torch.groups import Reading
@@ -18,7 +18,7 @@ from whet.torch.surgery import holders
 from whet.torch.trace import trace
 
 
-def repair(
+def reconstruct(
     model: Any, reading: Reading, gone: Gone, spec: Reconstruct, *, data: Batches, example: Any, masks: Masks, progress: bool
 ) -> tuple[Reconstructed, list[tuple[Any, Any]]]:
     """*In place*, before the groups that are `gone` leave: weights behind them that make up for it.
@@ -35,7 +35,7 @@ def repair(
     some = Batches(data.some(spec.batches, 0), data.what)
     runner = TorchRunner(model, graph, folds, some, {})
     folded = Folded(graph, tuple(folds.items()), traced.weights, traced.biases, closed)
-    found = reconstruct(folded, reading.groups, gone, spec, runner, progress)
+    found = solve(folded, reading.groups, gone, spec, runner, progress)
     norms, biases = {layer: norm for norm, layer in folds.items()}, {node.weight: node.bias for node in graph.nodes}
     before: list[tuple[Any, Any]] = []
     for name, solved in found.solved.items():

@@ -47,7 +47,7 @@ class _Cached:
         return _examples(self.inputs)
 
 
-def reconstruct(
+def round_blocks(
     plan: Plan,
     graph: Graph,
     weights: Mapping[str, WeightView],
