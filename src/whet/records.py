@@ -129,17 +129,19 @@ class Step:
 
     spec: the spec's plain form. changed: one mapping per changed weight, `{"name", …}` with any of "sparsity", "bits",
     "scheme", "error_db" (SQNR of the stored weight), "parameters", "sensitivity", "why", "histogram" (`{"edges": [low, high],
-    "before": [counts], "after": [counts]}`), "shape" and "left" (before and after channels were removed). skipped: what stayed
-    as it was, and why. unmatched:
-    patterns of the spec that named nothing. train: None, or `{"history": [{"epoch", "loss", "metric", "sparsity",
-    "learning_rate", "eligible", "phase"}], "stop": {"reason", "best_epoch", "epochs"}, "metric": name, "notes": [sentence]}`;
-    epochs count from 1; eligible: whether the epoch could be best (the pruning schedule was done).
+    "before": [counts], "after": [counts]}`), "removed" (the fraction of its numbers that left), "shape" and "left" (its shape
+    before and after). skipped: what stayed as it was, and why. unmatched: patterns of the spec that named nothing.
+
+    train: None, or `{"history": [{"epoch", "loss", "metric", "sparsity", "learning_rate", "eligible", "phase"}], "stop":
+    {"reason", "best_epoch", "epochs"}, "metric": name, "notes": [sentence]}`; epochs count from 1; eligible: whether the epoch
+    could be best (the pruning schedule was done).
 
     control: None, or how a search for what to quantize went: "adaptive" and "max_drop", see docs/report.md.
     removal: None, or what is known of channels that left: "oracle" (the largest difference from the original with them
     silenced, of the largest output) and "tolerance", "change" (the same from the original itself, before any training),
     "silent", "constant" and "varying" (how many groups were zero, always another number, or neither), "folded" and "left"
-    (`{"layer", "channels", "largest", …}`: layers that took such numbers over, and those that could not, with the "reason").
+    (`{"layer", "channels", "largest", …}`: layers that took such numbers over, and those that could not, with the "reason"),
+    "reconstructed" (`{"layers": [{"name", "silenced_db", "output_db"}], "skipped": [{"name", "reason"}]}`, decibels).
     """
 
     spec: dict[str, Any]

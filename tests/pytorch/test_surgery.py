@@ -275,7 +275,7 @@ def test_norms_lose_what_they_have_and_nothing_is_cut_to_none(norm) -> None:
     made = whet.prune(model, Prune(0.95, granularity=Channel(), round_to=1), example=x)
     assert made.model[0].out_channels == 1 == made.model[1].num_features and not made.model[0].weight.requires_grad
     reached = next(row for row in made.steps[0].changed if row["name"] == "0.weight")
-    assert (reached["shape"][0], reached["left"][0]) == (16, 1) and reached["sparsity"] == 15 / 16
+    assert (reached["shape"][0], reached["left"][0]) == (16, 1) and reached["removed"] == 15 / 16
     with pytest.raises(ModelError, match="would remove nothing: with round_to=1 and sparsity 0"):
         whet.prune(model, Prune(0.0, granularity=Channel(), round_to=1), example=x)
 

@@ -50,7 +50,7 @@ def test_files_that_were_not_timed_say_so() -> None:
 def test_layers_gather_what_all_steps_said() -> None:
     view = view_of(Report(sample_report()))
     drawn = {number: step["changed"][0]["histogram"] for number, step in enumerate(sample_report()["steps"], 1)}
-    assert view.layers[0] == Layer("conv1.weight", 90, 0.8, 8, "symmetric per channel", 38.1, histograms=drawn)
+    assert view.layers[0] == Layer("conv1.weight", 90, None, None, 0.8, 8, "symmetric per channel", 38.1, histograms=drawn)
     assert [layer.name for layer in view.layers] == ["conv1.weight", "conv2.weight", f"{EVIL}.weight", "fc2.weight"]
 
 
@@ -86,3 +86,27 @@ def test_a_missing_entry_is_named(path) -> None:
     del inner[last]
     with pytest.raises(RuntimeFileError, match=f"no entry '{path}'"):
         view_of(Report(data))
+
+
+def removal(parameters: int, shape: list[int], left: list[int], **known) -> dict:
+    """A step whose removal made one weight smaller."""
+    lost = 1 - left[0] / shape[0]
+    row = {"name": "conv1.weight", "parameters": parameters, "removed": lost, "shape": shape, "left": left}
+    return {"spec": {"Prune": {}}, "changed": [row], "skipped": [], "seconds": 1.0, "train": None, "removal": known}
+
+
+def test_what_left_is_told_apart_from_zeros() -> None:
+    data, solved = sample_report(), [{"name": "conv2.weight", "silenced_db": 3.0, "output_db": 9.5}]
+    first = removal(90, [10, 9], [5, 9], oracle=2e-7, change=0.25, reconstructed={"layers": solved, "skipped": []})
+    data["steps"] = [first, removal(45, [5, 9], [4, 9], oracle=0.0, change=0.1)]
+    view = view_of(Report(data))
+    (layer,) = view.layers
+    assert (layer.removed, layer.shapes, layer.sparsity) == (0.6, ((10, 9), (4, 9)), None)
+    said = "90 → 45 parameters in the weights that lost some; outputs within 2.00e-07 of the same model with those silenced; "
+    assert view.steps[0].removal == f"{said}0.250 from the model's before, of the largest; 1 weight solved anew"
+    assert view.steps[0].solved == tuple(solved) and view.steps[1].solved == ()
+    assert "45 → 36 parameters" in view.steps[1].removal and "solved" not in view.steps[1].removal
+
+
+def test_a_step_without_removal_says_nothing_of_one() -> None:
+    assert {step.removal for step in view_of(Report(sample_report())).steps} == {None}

@@ -21,15 +21,15 @@ _CONSTANT = 1e-4  # of a channel's largest value: what it may vary by and be cal
 
 
 def changed(groups: Groups, gone: Gone) -> tuple[dict[str, Any], ...]:
-    """A row for each smaller parameter: `{"name", "parameters", "sparsity", "shape", "left"}`, shapes before and after."""
+    """A row for each smaller parameter: `{"name", "parameters", "removed", "shape", "left"}`, shapes before and after."""
     rows = []
     for name, axes in groups.kept(gone).items():
         held = groups.structure.held[name]
         if held.is_parameter:
             left = [len(axes[d]) if d in axes else n for d, n in enumerate(held.shape)]
             size = math.prod(held.shape)
-            lost = 1 - math.prod(left) / size
-            rows.append({"name": name, "parameters": size, "sparsity": lost, "shape": list(held.shape), "left": left})
+            removed = 1 - math.prod(left) / size
+            rows.append({"name": name, "parameters": size, "removed": removed, "shape": list(held.shape), "left": left})
     return tuple(rows)
 
 

@@ -68,7 +68,7 @@ def step_of(spec: Prune, found: Blocks, known: Measured, left: Left) -> Step:
     return Step(
         to_dict(spec),
         tuple(
-            {"name": block.name, "parameters": block.parameters, "sparsity": 1.0, "sensitivity": left.importance[block.name]}
+            {"name": block.name, "parameters": block.parameters, "removed": 1.0, "sensitivity": left.importance[block.name]}
             for block in removed
         ),
         tuple({"name": name, "reason": reason} for name, reason in (*known.skipped, *_stayed(left))),

@@ -95,6 +95,8 @@ def _print_steps(steps: Sequence[StepView], console: Console) -> None:
     for step in steps:
         console.print(plain_text(f"{step.number}. {step.spec}"))
         console.print(plain_text(f"   {step.outcome}", "dim"))
+        if step.removal:
+            console.print(plain_text(f"   {step.removal}", "dim"))
         if step.stop:
             console.print(plain_text(f"   {step.stop}", "dim"))
         for pattern in step.unmatched:

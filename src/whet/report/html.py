@@ -32,6 +32,13 @@ class Column:
 
 COLUMNS = (
     Column("parameters", lambda layer: layer.parameters, "{:,}".format),
+    Column("removed", lambda layer: layer.removed, words.percent),
+    Column(
+        "shape",
+        lambda layer: layer.shapes,
+        lambda shapes: " → ".join("×".join(map(str, shape)) for shape in shapes),
+        numeric=False,
+    ),
     Column("sparsity", lambda layer: layer.sparsity, words.percent),
     Column("bits", lambda layer: layer.bits),
     Column("scheme", lambda layer: layer.scheme, numeric=False),

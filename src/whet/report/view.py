@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,12 +36,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One weight over all steps; what no step said is None. error_db: SQNR of the stored weight in dB. sensitivity: what the
-    outputs lost with this weight's layer alone changed (KL in nats, or relative noise). histograms: number of a step -> the
-    values before and after it."""
+    """One weight over all steps; what no step said is None. removed: the fraction of its numbers that left, of `shapes`, the
+    first and the last. error_db: SQNR of the stored weight in dB. sensitivity: what the outputs lost with this weight's layer
+    alone changed (KL in nats, or relative noise). histograms: number of a step -> the values before and after it."""
 
     name: str
     parameters: int | None = None
+    removed: float | None = None
+    shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     sparsity: float | None = None
     bits: int | None = None
     scheme: str | None = None
@@ -49,7 +52,7 @@ class Layer:
     histograms: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
 
-_ROW = ("parameters", "sparsity", "bits", "scheme", "error_db", "sensitivity")  # of a changed weight, as it is
+_ROW = ("parameters", "removed", "sparsity", "bits", "scheme", "error_db", "sensitivity")  # of a changed weight, as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +66,14 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class StepView:
-    """One step in words. train: the step's training record, if it trained."""
+    """One step in words. removal: what left, and how it was checked. solved: `{"name", "silenced_db", "output_db"}` of weights
+    solved anew. train: the step's training record, if it trained."""
 
     number: int
     spec: str
     outcome: str
+    removal: str | None
+    solved: tuple[Mapping[str, Any], ...]
     stop: str | None
     unmatched: tuple[str, ...]
     train: Mapping[str, Any] | None
@@ -219,7 +225,34 @@ def _step(number: int, step: Mapping[str, Any]) -> StepView:
         ended = train["stop"]
         best = "no best epoch" if ended["best_epoch"] is None else f"weights of epoch {ended['best_epoch']} kept"
         stop = "; ".join([ended["reason"], f"{best}, {ended['epochs']} epochs run", *map(str, train.get("notes") or ())])
-    return StepView(number, words.spec_text(step["spec"]), outcome, stop, tuple(step.get("unmatched") or ()), train)
+    return StepView(
+        number,
+        words.spec_text(step["spec"]),
+        outcome,
+        _removal(step),
+        tuple((step["removal"].get("reconstructed") or {}).get("layers") or ()) if step.get("removal") else (),
+        stop,
+        tuple(step.get("unmatched") or ()),
+        train,
+    )
+
+
+def _removal(step: Mapping[str, Any]) -> str | None:
+    """How many numbers left, and how the outputs differ from the original's with these at zero, and from the original's."""
+    known, rows = step.get("removal"), [row for row in step["changed"] if row.get("removed") is not None]
+    if not known or not rows:
+        return None
+    before = sum(row["parameters"] for row in rows)
+    left = before - sum(round(row["removed"] * row["parameters"]) for row in rows)
+    solved = (known.get("reconstructed") or {}).get("layers") or ()
+    parts = [f"{before:,} → {left:,} parameters in the weights that lost some"]
+    if known.get("oracle") is not None:
+        parts.append(f"outputs within {words.significant(known['oracle'])} of the same model with those silenced")
+    if known.get("change") is not None:
+        parts.append(f"{words.significant(known['change'])} from the model's before, of the largest")
+    if solved:
+        parts.append(f"{len(solved)} weight{'' if len(solved) == 1 else 's'} solved anew")
+    return "; ".join(parts)
 
 
 def _layers(steps: list[Mapping[str, Any]]) -> tuple[Layer, ...]:
@@ -230,6 +263,9 @@ def _layers(steps: list[Mapping[str, Any]]) -> tuple[Layer, ...]:
             known = {key: item[key] for key in _ROW if item.get(key) is not None}
             fields = found.setdefault(str(item["name"]), {"histograms": {}})
             fields.update(known, name=str(item["name"]))
+            if item.get("shape") and item.get("left"):
+                first, last = fields.get("shapes", (tuple(item["shape"]),))[0], tuple(item["left"])
+                fields.update(shapes=(first, last), removed=1 - math.prod(last) / math.prod(first))
             if item.get("histogram") is not None:
                 fields["histograms"][number] = item["histogram"]
     return tuple(Layer(**fields) for fields in found.values())
