@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -150,15 +151,22 @@ def run_mnist(given: argparse.Namespace) -> None:
 
 
 def run_banking(given: argparse.Namespace) -> None:
-    """A 4-layer transformer teaches a 2-layer one of half the width, by attention, hidden states and its outputs."""
+    """A 4-layer transformer teaches a 2-layer one of half the width, by attention, hidden states and its outputs.
+
+    With few labels the taught student sees all questions without any, in as many steps as the student alone makes.
+    """
     train, test, words = data.banking()
     if given.quick:
         train = ({key: value[:512] for key, value in train[0].items()}, train[1][:512])
-    epochs = 1 if given.quick else given.epochs or 40
-    head = f"Banking77, {epochs} epochs of {len(train[1]):,} questions, words of the training set; all from scratch"
+    count, labels = len(train[1]), min(128 if given.quick else given.labels, len(train[1]))
+    epochs = 1 if given.quick else given.epochs or (60 if labels < count else 40)
+    more = max(round(epochs * labels / count), 1)
+    what = f"{epochs} epochs of {labels:,} questions" + (f", {more} of all {count:,} without labels" if labels < count else "")
+    head = f"Banking77, {what}, words of the training set; all from scratch"
     columns = ("", "top-1, %", "gain, points", "to reach")
-    command = f"python benchmarks/distillation.py --parts banking77 --seeds {given.seeds} --epochs {epochs}" + _losses(given)
-    table = tables.Table("distill-banking77", head, columns, command, record=given.record)
+    command = f"python benchmarks/distillation.py --parts banking77 --seeds {given.seeds} --labels {labels} --epochs {epochs}"
+    name = "distill-banking77" + ("" if labels < count else "-all")
+    table = tables.Table(name, head, columns, command + _losses(given), record=given.record)
     layers, attention = "encoder.layers.?", "encoder.layers.?.self_attn"
     inside = [AttentionMatrices(attention, attention, weight=0.1), Features(layers, layers, weight=0.1)]
     variants = {
@@ -169,21 +177,24 @@ def run_banking(given: argparse.Namespace) -> None:
     }
     variants = {name: variants[name] for name in tables.chosen(given.losses or [], variants, "variant of Banking77")}
     fit = Train(epochs=epochs, learning_rate=1e-3, weight_decay=0.01)
+    shown, taught = (train[0], replace(fit, epochs=more)) if labels < count else (train, fit)
 
     def trained(seed: int) -> dict[str, float]:
+        rows = np.random.default_rng(seed).permutation(count)[:labels] if labels < count else slice(None)
+        labelled = {key: value[rows] for key, value in train[0].items()}, train[1][rows]
         teacher = seeded(lambda: Encoder(words, width=96, heads=4, layers=4), 100 + seed)
-        taught_by = whet.fit(teacher, fit, train=train, seed=seed, progress=False).model
+        taught_by = whet.fit(teacher, fit, train=labelled, seed=seed, progress=False).model
         student = seeded(lambda: Encoder(words, width=48, heads=2, layers=2), seed)
         found = {"teacher, 4 layers": taught_by}
-        found["student alone, 2 layers"] = whet.fit(student, fit, train=train, seed=seed, progress=False)
+        found["student alone, 2 layers"] = whet.fit(student, fit, train=labelled, seed=seed, progress=False)
         for name, losses in variants.items():
-            spec = Distill(losses, student_weight=0.1)
-            found[name] = whet.distill(student, taught_by, spec, fit=fit, train=train, seed=seed, progress=False)
+            spec = Distill(losses, student_weight=0.1 if labels == count else 0)
+            found[name] = whet.distill(student, taught_by, spec, fit=taught, train=shown, seed=seed, progress=False)
         return {name: top1(model, test) for name, model in found.items()}
 
     scores: dict[str, list[float]] = {}
     for seed in range(given.seeds):
-        key = f"banking77 {len(train[1])} questions, seed {seed}: {fit}, {variants}"
+        key = f"banking77 {labels} questions, seed {seed}: {fit}, {variants}"
         for name, score in given.kept.once(key, lambda: trained(seed)).items():  # noqa: B023
             scores.setdefault(name, []).append(score)
         print(f"seed {seed}: " + ", ".join(f"{name} {values[-1]:.2f}" for name, values in scores.items()), flush=True)
@@ -308,6 +319,7 @@ def main() -> int:
     options.add_argument("--seeds", type=int, default=3, choices=range(1, 6))
     options.add_argument("--epochs", type=int, help="instead of each part's own, but MNIST's")
     options.add_argument("--images", type=int, default=50_000, help="of CIFAR-10's training set")
+    options.add_argument("--labels", type=int, default=2500, help="of Banking77's 10,003 questions; all: no others are shown")
     options.add_argument("--losses", nargs="+", help="of the variants of Banking77 and CIFAR-10")
     options.add_argument("--store", help="a folder that keeps ResNet-56's outputs")
     options.add_argument("--kept", type=Path, help="a JSON file that keeps every score, for a run that is cut off")

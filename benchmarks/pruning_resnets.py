@@ -1,14 +1,15 @@
 """Channels removed from cifar10/resnet20 and resnet56, trained with the original as teacher, and run by ONNX Runtime.
 
-    python benchmarks/pruning_resnets.py [resnet20 resnet56] --out FOLDER   # as the recipes below say: half an hour
-    python benchmarks/pruning_resnets.py [resnet20 resnet56] --out FOLDER --again   # what it saved, measured again
+    python benchmarks/pruning_resnets.py [MODEL …] --out FOLDER   # as the recipes below say: three quarters of an hour
+    python benchmarks/pruning_resnets.py [MODEL …] --out FOLDER --again   # what it saved, measured again
     python benchmarks/pruning_resnets.py resnet20 --epochs 0                # removal and latency alone
 
 The shortcuts are of option A (a pad by a literal number of channels), so that the channels between blocks stay, and what leaves
 are whole blocks, and channels inside the others. ONNX Runtime computes output channels in blocks of 16 on AVX-512, so that 8
 instead of 16 cost as much where they are made and half where they are read; a whole block takes its additions along, and
 saves as much time as it saves MACs. Of ResNet-56 those blocks leave whose removal alone costs least. ResNet-20 has none to
-spare: what stays of it is solved anew (`Reconstruct()`), and most is cut where that gives back most.
+spare: what stays of it is solved anew (`Reconstruct()`), and most is cut where that gives back most. `resnet20-two-teachers` is
+taught by ResNet-56 beside the original.
 """
 
 from __future__ import annotations
@@ -36,19 +37,23 @@ from whet.specs import Channel, Layer, Magnitude, Metric, Prune, Reconstruct, Ta
 class Recipe:
     """blocks: removed whole; cuts: (fraction removed, blocks); then `epochs` of SGD at `rate`, taught by the original.
 
-    features: the weight of the outputs of its stages. reconstruct: solve what stays of the layers before that.
+    features: the weight of the outputs of its stages. reconstruct: solve what stays of the layers before that. teachers: models
+    whose soft targets count as much as the original's.
     """
 
+    original: str
     blocks: tuple[str, ...]
     cuts: tuple[tuple[float, tuple[str, ...]], ...]
     epochs: int
     rate: float
     features: float = 1.0
     reconstruct: bool = False
+    teachers: tuple[str, ...] = ()
 
 
 RECIPES = {
     "resnet20": Recipe(
+        "resnet20",
         (),
         (
             (0.75, ("layer1.0", "layer2.2")),
@@ -60,7 +65,22 @@ RECIPES = {
         features=8.0,
         reconstruct=True,
     ),
+    "resnet20-two-teachers": Recipe(
+        "resnet20",
+        (),
+        (
+            (0.75, ("layer1.[01]",)),
+            (0.5, ("layer1.2", "layer2.[012]")),
+            (0.25, ("layer3.[012]",)),
+        ),
+        epochs=5,
+        rate=0.04,
+        features=4.0,
+        reconstruct=True,
+        teachers=("resnet56",),
+    ),
     "resnet56": Recipe(
+        "resnet56",
         ("layer1.5", "layer1.8", "layer2.4", "layer2.7", "layer2.8"),
         (
             (0.5, ("layer1.[0234]", "layer2.[1235]", "layer3.[0-8]")),
@@ -93,19 +113,19 @@ def pruned(original: Any, recipe: Recipe, data: list[Any]) -> Any:
     return made
 
 
-def train(made: Any, teacher: Any, batches: Crops, recipe: Recipe, weight: float, place: Path) -> None:
+def train(made: Any, batches: Crops, recipe: Recipe, weight: float, place: Path) -> None:
     """SGD as in ResNet's paper, on `weight` · soft targets, the rest cross-entropy, and the outputs of the three stages.
 
     These keep their shapes, so that the pruned ones can follow the original's (FitNets; Romero et al. 2015, arXiv:1412.6550).
     """
-    student = made.model
+    student, teachers = made.model, [getattr(cifar, name)() for name in (recipe.original, *recipe.teachers)]
     optimizer = torch.optim.SGD(student.parameters(), recipe.rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
     total = max(recipe.epochs * len(batches), 1)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + np.cos(np.pi * step / total)))
-    for model in (student, teacher):
+    for model in (student, *teachers):
         model.to(memory_format=torch.channels_last)
     hooks: list[Any] = []
-    heard, taught = heard_stages(student, hooks), heard_stages(teacher, hooks)
+    heard, taught = heard_stages(student, hooks), heard_stages(teachers[0], hooks)
     for epoch in range(recipe.epochs):
         student.train()
         clock, losses = tables.Clock(), []
@@ -113,9 +133,9 @@ def train(made: Any, teacher: Any, batches: Crops, recipe: Recipe, weight: float
             images = torch.from_numpy(x).to(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16):
                 with torch.no_grad():
-                    wanted = teacher(images)
+                    wanted = [teacher(images) for teacher in teachers]
                 outputs = student(images)
-            soft = whet.torch.soft_targets(outputs, wanted, 4.0)
+            soft = sum(whet.torch.soft_targets(outputs, one, 4.0) for one in wanted) / len(wanted)
             loss = (1 - weight) * torch.nn.functional.cross_entropy(outputs.float(), torch.from_numpy(y)) + weight * soft
             for one, other in zip(heard.values(), taught.values(), strict=True):
                 loss = loss + recipe.features * torch.mean((one.float() - other.float()) ** 2) / torch.mean(other.float() ** 2)
@@ -144,24 +164,24 @@ def heard_stages(model: Any, hooks: list[Any]) -> dict[str, torch.Tensor]:
 
 def run(name: str, recipe: Recipe, table: tables.Table, args: argparse.Namespace) -> None:
     """Prune, train, export, and measure beside the original."""
-    original = getattr(cifar, name)()
+    original = getattr(cifar, recipe.original)()
     x, y = cifar.images("train", args.examples)
     with TemporaryDirectory() as folder:
         place = Path(args.out or folder)
         place.mkdir(parents=True, exist_ok=True)
         saved = place / f"{name}-pruned"
         if args.again:
-            made = whet.load(saved, model=getattr(cifar, name)())
+            made = whet.load(saved, model=getattr(cifar, recipe.original)())
         else:
             clock = tables.Clock()
             made = pruned(original, recipe, [(x[i : i + 128], y[i : i + 128]) for i in range(0, 512, 128)])
             print(f"chosen and removed in {clock.seconds()[1]:.1f} s of processor time", flush=True)
-            train(made, getattr(cifar, name)(), Crops(x, y, args.batch), recipe, args.teacher, saved)
-        measure(name, recipe.epochs, original, made, table, place, args)
+            train(made, Crops(x, y, args.batch), recipe, args.teacher, saved)
+        measure(name, recipe, original, made, table, place, args)
 
 
 def measure(
-    name: str, epochs: int, original: Any, made: Any, table: tables.Table, place: Path, args: argparse.Namespace
+    name: str, recipe: Recipe, original: Any, made: Any, table: tables.Table, place: Path, args: argparse.Namespace
 ) -> None:
     """Export both and run them in alternation: accuracies with intervals, and how many times fewer MACs and milliseconds."""
     test = cifar.images("test", args.tested)
@@ -173,10 +193,12 @@ def measure(
     found = gather(files, data, Metric(ACCURACY.fn, name="accuracy"), batches=(8, 1), threads=1, progress=False)
     one, two = found["original"], found["pruned"]
     before, after = whet.inspect(original, test[0][:1]), whet.inspect(made.model, test[0][:1])
-    fewer, top1, faster = BARS[name]
+    fewer, top1, faster = BARS[recipe.original]
     right = [int(np.sum(row.scores)) for row in (one, two)]
     low, high = paired_drop(one.scores, two.scores)
-    table.add(f"{name}, {epochs} epochs: MACs", f"{before.macs:,}", f"{after.macs:,}", *ratio(before.macs, after.macs, fewer))
+    table.add(
+        f"{name}, {recipe.epochs} epochs: MACs", f"{before.macs:,}", f"{after.macs:,}", *ratio(before.macs, after.macs, fewer)
+    )
     table.add(
         f"{name}: parameters", f"{before.parameters:,}", f"{after.parameters:,}", *ratio(before.parameters, after.parameters)
     )

@@ -101,7 +101,7 @@ def test_what_left_is_told_apart_from_zeros() -> None:
     data["steps"] = [first, removal(45, [5, 9], [4, 9], oracle=0.0, change=0.1)]
     view = view_of(Report(data))
     (layer,) = view.layers
-    assert (layer.removed, layer.shapes, layer.sparsity) == (0.6, ((10, 9), (4, 9)), None)
+    assert (layer.removed, layer.shapes, layer.parameters, layer.sparsity) == (0.6, ((10, 9), (4, 9)), 36, None)
     said = "90 → 45 parameters in the weights that lost some; outputs within 2.00e-07 of the same model with those silenced; "
     assert view.steps[0].removal == f"{said}0.250 from the model's before, of the largest; 1 weight solved anew"
     assert view.steps[0].solved == tuple(solved) and view.steps[1].solved == ()

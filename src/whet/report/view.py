@@ -265,7 +265,8 @@ def _layers(steps: list[Mapping[str, Any]]) -> tuple[Layer, ...]:
             fields.update(known, name=str(item["name"]))
             if item.get("shape") and item.get("left"):
                 first, last = fields.get("shapes", (tuple(item["shape"]),))[0], tuple(item["left"])
-                fields.update(shapes=(first, last), removed=1 - math.prod(last) / math.prod(first))
+                size = math.prod(last)
+                fields.update(shapes=(first, last), removed=1 - size / math.prod(first), parameters=size)
             if item.get("histogram") is not None:
                 fields["histograms"][number] = item["histogram"]
     return tuple(Layer(**fields) for fields in found.values())
