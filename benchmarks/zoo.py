@@ -5,7 +5,7 @@
     python benchmarks/zoo.py --only BERT T5
 
 Sections: `transformers` (families that build from a configuration, without a download), `torchvision` (where it is installed),
-`keras` (every family of keras.applications, see zoo_keras.py), `large` (time and memory). Models are small, with random weights
+`keras` (every family of keras.applications), `large` (time and memory). Models are small, with random weights
 and with norms and biases that differ from channel to channel. "Off" is the largest difference of any output from the original
 with the same channels silenced, over the largest output; "moved" the same from the original itself, before any training.
 """
@@ -107,15 +107,14 @@ def torchvision_section(only: Iterable[str], record: Path | None) -> None:
 
 
 def keras_section(only: Iterable[str], record: Path | None) -> None:
-    """What zoo_keras.py measures, in a table."""
-    from zoo_keras import keras_rows
+    """keras.applications."""
+    from keras_applications import models
 
     title = f"Families of keras.applications: {SPARSITY:.0%} of channels removed"
-    columns = ("family", "parameters", "parameters left", "MACs", "MACs left", "off", "seconds", "refused")
-    table = Table("removal-keras", title, columns, "python benchmarks/zoo.py keras", record=record)
-    for one in keras_rows(tuple(only), SPARSITY):
-        sizes = [f"{n:,}" for n in (one.parameters, one.left, one.macs, one.macs_left)]
-        table.add(one.family, *sizes, f"{one.error:.1e}", f"{one.seconds:.1f}", one.said)
+    table = Table("removal-keras", title, COLUMNS, "python benchmarks/zoo.py keras", record=record)
+    for name, build in models().items():
+        if not only or name in only:
+            row(table, name, build, Channel())
 
 
 class Peak:
