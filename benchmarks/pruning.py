@@ -145,8 +145,8 @@ class Mnist:
         if "longer" in self.rows:
             clock = tables.Clock()
             self.row(f"{name}, dense, as many again", whet.fit(dense, Train(epochs=epochs), **options), 0.0, clock, before)
-        spec = Prune(sparsity, allocation=Global(), schedule=Cubic(end=0.5, frequency=50))
-        taught = Train(epochs=epochs, learning_rate=2e-3, apply=(spec, Distill(student_weight=0.1)))
+        spec = Prune(sparsity, allocation=Global(), schedule=Cubic(end=0.75, frequency=50))
+        taught = Train(epochs=epochs, apply=(spec, Distill(student_weight=0.1)))
         alone = Train(epochs=epochs, apply=(spec,))
         for key, label, recipe in (("alone", "alone", alone), ("taught", "the dense model teaches", taught)):
             if key not in self.rows:

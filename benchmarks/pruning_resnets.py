@@ -56,19 +56,6 @@ RECIPES = {
         "resnet20",
         (),
         (
-            (0.75, ("layer1.0", "layer2.2")),
-            (0.5, ("layer1.[12]", "layer2.[01]", "layer3.0")),
-            (0.25, ("layer3.[12]",)),
-        ),
-        epochs=5,
-        rate=0.04,
-        features=8.0,
-        reconstruct=True,
-    ),
-    "resnet20-two-teachers": Recipe(
-        "resnet20",
-        (),
-        (
             (0.75, ("layer1.[01]",)),
             (0.5, ("layer1.2", "layer2.[012]")),
             (0.25, ("layer3.[012]",)),
@@ -77,7 +64,6 @@ RECIPES = {
         rate=0.04,
         features=4.0,
         reconstruct=True,
-        teachers=("resnet56",),
     ),
     "resnet56": Recipe(
         "resnet56",
@@ -90,6 +76,7 @@ RECIPES = {
         rate=0.02,
     ),
 }
+RECIPES["resnet20-two-teachers"] = replace(RECIPES["resnet20"], teachers=("resnet56",))
 BARS = {"resnet20": (1.7, 87.3, 1.4), "resnet56": (2.1, 89.4, 1.6)}  # times fewer MACs, top-1, times faster
 
 

@@ -60,29 +60,28 @@ def test_what_does_not_pair_up_or_is_not_finite_is_refused():
 def test_a_reconstructed_weight_is_the_ridge_regression_on_what_is_left():
     near, rows = RNG.normal(size=(4, 6)), np.asarray([True, False, True, True])
     columns = np.asarray([True, True, False, True, False, True])
-    near[:, ~columns] = 0
-    found = reconstructed(regression(X, T), near, rows, columns, None, 0.3)
+    found = reconstructed(regression(X, T).part(rows, columns), near[np.ix_(rows, columns)], None, 0.3)
     x, t = (X - X.mean(0))[:, columns], T - T.mean(0)
     ridge = (0.3 + 4 / 200) * np.mean(np.mean(x**2, axis=0))  # of the mean square, as the errors are means
     wanted = np.linalg.solve(x.T @ x / 200 + ridge * np.eye(4), x.T @ t / 200 + ridge * near[:, columns].T).T
-    np.testing.assert_allclose(found[np.ix_(rows, columns)], wanted[rows], rtol=1e-9)
-    assert np.array_equal(found[1], near[1]) and not found[:, ~columns].any()
+    np.testing.assert_allclose(found, wanted[rows], rtol=1e-9)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.floats(0.0, 1.0))
 def test_a_reconstructed_weight_is_never_worse_than_the_silenced_one(seed, left, damping):
     rng = np.random.default_rng(seed)
     x, near, bias = rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6)), rng.normal(size=(3, 6)), rng.normal(size=3)
-    columns = np.arange(6) < left
-    state = regression(x, x @ near.T + bias)
-    silenced = np.where(columns, near, 0.0)
+    state = regression(x, x @ near.T + bias).part(np.ones(3, bool), np.arange(6) < left)
+    silenced = near[:, :left]
     for fixed in (None, bias):
         error = state.quadratic(fixed)
-        found = reconstructed(state, silenced, np.ones(3, bool), columns, fixed, damping)
+        found = reconstructed(state, silenced, fixed, damping)
         assert np.all(error.error(found) <= error.error(silenced) * (1 + 1e-9) + 1e-9)
 
 
-def test_nothing_left_leaves_the_weight_as_it_was():
-    near, none = np.ones((4, 6)), np.zeros(6, bool)
-    assert np.array_equal(reconstructed(regression(X, T), near, np.ones(4, bool), none, None, 0.1), near)
-    assert np.array_equal(reconstructed(regression(X, T), near, np.zeros(4, bool), ~none, None, 0.1), near)
+def test_a_part_is_the_moments_of_some_inputs_and_outputs():
+    rows, columns = np.asarray([True, False, True, True]), np.arange(6) % 2 == 0
+    part, alone = regression(X, T).part(rows, columns), regression(X[:, columns], T[:, rows])
+    for name in ("second", "mean", "absmax", "cross", "target_mean", "target_second"):
+        np.testing.assert_allclose(getattr(part, name), getattr(alone, name), rtol=1e-12)
+    assert part.count == alone.count

@@ -213,20 +213,27 @@ def _matrices(
     old = where.matrices(np.asarray(view.array, np.float64))
     for g, moments in enumerate(seen):
         rows, columns = left[g].any(axis=1), left[g].any(axis=0)
-        silenced = np.where(columns, old[g], 0.0)
+        part, near, fixed = moments.part(rows, columns), old[g][np.ix_(rows, columns)], bias[g][rows]
         with threads_for(int(columns.sum()) ** 3):
-            new = reconstructed(moments, silenced, rows, columns, None if is_free else bias[g], damping)
-        fixed = moments.quadratic(bias[g])
-        done.before += float(np.sum(fixed.error(silenced)[rows]))
-        done.after += float(np.sum(moments.quadratic(None if is_free else bias[g]).error(new)[rows]))
-        done.signal += float(np.sum(moments.target_variance[rows]))
-        done.weight.append(new)
+            new = reconstructed(part, near, None if is_free else fixed, damping)
+            done.before += float(np.sum(part.quadratic(fixed).error(near)))
+            done.after += float(np.sum(part.quadratic(None if is_free else fixed).error(new)))
+            variance = part.output_variance(new)
+        done.signal += float(np.sum(part.target_variance))
+        done.weight.append(_placed(new, np.where(columns, old[g], 0.0), np.ix_(rows, columns)))
         done.rows.append(rows)
-        done.mean.append(new @ moments.mean)
-        done.variance.append(moments.output_variance(new))
+        done.mean.append(_placed(new @ part.mean, np.zeros(len(rows)), rows))
+        done.variance.append(_placed(variance, np.zeros(len(rows)), rows))
         if is_free:
-            done.bias.append(np.where(rows, moments.free_bias(new), bias[g]))
+            done.bias.append(_placed(part.free_bias(new), bias[g], rows))
     return done
+
+
+def _placed(values: Float64s, into: Float64s, at: Any) -> Float64s:
+    """A copy of `into` that holds `values` at these places."""
+    made = into.copy()
+    made[at] = values
+    return made
 
 
 def _readers(graph: Graph) -> dict[str, list[Node]]:

@@ -42,6 +42,19 @@ class Regression:
         """The inputs alone."""
         return Moments(self.second, self.mean, self.absmax, self.count)
 
+    def part(self, rows: npt.NDArray[np.bool_], columns: npt.NDArray[np.bool_]) -> Regression:
+        """Of some outputs, and of some inputs."""
+        at, read = np.flatnonzero(rows), np.flatnonzero(columns)
+        return Regression(
+            self.second[np.ix_(read, read)],
+            self.mean[read],
+            self.absmax[read],
+            self.cross[np.ix_(at, read)],
+            self.target_mean[at],
+            self.target_second[at],
+            self.count,
+        )
+
     def quadratic(self, bias: Floats | None) -> Quadratic:
         """The output error as a function of the rounded weight; bias: (rows,) as it is, or None where it is free."""
         if bias is None:
@@ -124,25 +137,11 @@ def merged(a: Regression | None, b: Regression) -> Regression:
     )
 
 
-def reconstructed(
-    seen: Regression,
-    near: Floats,
-    rows: npt.NDArray[np.bool_],
-    columns: npt.NDArray[np.bool_],
-    bias: Floats | None,
-    damping: float,
-) -> Float64s:
-    """The weight of least `E|t - W x̂ - b|² + λ |W - near|²` that reads the `columns` alone; other `rows` stay as in `near`.
+def reconstructed(seen: Regression, near: Floats, bias: Floats | None, damping: float) -> Float64s:
+    """The weight (rows, columns) of least `E|t - W x̂ - b|² + λ |W - near|²`.
 
-    near: (rows, columns), zero in columns that are not read. bias: (rows,) as it is, or None where it is free. λ is
-    `damping + columns / rows of data` of the mean `E[x̂²]`: few rows tell little about many columns.
+    near: (rows, columns). bias: (rows,) as it is, or None where it is free. λ is `damping + columns / rows of data` of the mean
+    `E[x̂²]`: few rows tell little about many columns.
     """
-    found = np.array(near, np.float64)
-    at, read = np.flatnonzero(rows), np.flatnonzero(columns)
-    if not len(at) or not len(read):
-        return found
-    whole = seen.quadratic(bias)
-    part = Quadratic(whole.hessian[np.ix_(read, read)], whole.linear[np.ix_(at, read)], whole.constant[at])
-    part = part.damped(found[np.ix_(at, read)], damping + len(read) / max(seen.count, 1))
-    found[np.ix_(at, read)] = np.linalg.solve(part.hessian, part.linear.T).T
-    return found
+    error = seen.quadratic(bias).damped(near, damping + near.shape[1] / max(seen.count, 1))
+    return np.asarray(np.linalg.solve(error.hessian, error.linear.T).T, np.float64)
