@@ -1,7 +1,7 @@
 """Masks: how sparse LeNets on MNIST become without loss, and how long 100 million weights take; torch.nn.utils.prune beside.
 
     python benchmarks/pruning.py [mnist] [speed] [--quick] [--keras] [--record out/pruning.json]
-    python benchmarks/pruning.py mnist --shift 0 --epochs 20 --models LeNet-300-100 --rows longer taught
+    python benchmarks/pruning.py mnist --shift 1 --models LeNet-300-100 --rows longer taught
 
 mnist: both LeNets are trained on 55,000 images that move by up to `--shift` pixels, the other 5,000 choose the epoch; then they
 are trained again as long, while global magnitude pruning ramps to the sparsity. Error on the 10,000 test images; the loss is of
@@ -125,7 +125,7 @@ class Mnist:
         self.x, self.y = mnist("train")
         self.test, self.digits = mnist("test")
         self.table = tables.Table(
-            f"pruning-mnist-{'keras' if self.keras else 'torch'}" + ("" if self.shift else "-still"),
+            f"pruning-mnist-{'keras' if self.keras else 'torch'}-{self.shift}",
             f"Unstructured sparsity on MNIST, 10,000 test images, {'Keras' if self.keras else 'PyTorch'}; images for training "
             + (f"move by up to {self.shift} pixels" if self.shift else "do not move"),
             ("", "weights removed, %", "error, %", "to reach", "loss of accuracy, points [95 %]", "CPU s"),
