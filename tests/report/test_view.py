@@ -102,8 +102,8 @@ def test_what_left_is_told_apart_from_zeros() -> None:
     view = view_of(Report(data))
     (layer,) = view.layers
     assert (layer.removed, layer.shapes, layer.parameters, layer.sparsity) == (0.6, ((10, 9), (4, 9)), 36, None)
-    said = "90 → 45 parameters in the weights that lost some; outputs within 2.00e-07 of the same model with those silenced; "
-    assert view.steps[0].removal == f"{said}0.250 from the model's before, of the largest; 1 weight solved anew"
+    said = "90 → 45 parameters in the weights that lost some; checked: within 2.00e-07 of the same model with those at zero; "
+    assert view.steps[0].removal == f"{said}outputs moved by 0.250 of the largest; 1 weight solved anew"
     assert view.steps[0].solved == tuple(solved) and view.steps[1].solved == ()
     assert "45 → 36 parameters" in view.steps[1].removal and "solved" not in view.steps[1].removal
 

@@ -247,9 +247,9 @@ def _removal(step: Mapping[str, Any]) -> str | None:
     solved = (known.get("reconstructed") or {}).get("layers") or ()
     parts = [f"{before:,} → {left:,} parameters in the weights that lost some"]
     if known.get("oracle") is not None:
-        parts.append(f"outputs within {words.significant(known['oracle'])} of the same model with those silenced")
+        parts.append(f"checked: within {words.significant(known['oracle'])} of the same model with those at zero")
     if known.get("change") is not None:
-        parts.append(f"{words.significant(known['change'])} from the model's before, of the largest")
+        parts.append(f"outputs moved by {words.significant(known['change'])} of the largest")
     if solved:
         parts.append(f"{len(solved)} weight{'' if len(solved) == 1 else 's'} solved anew")
     return "; ".join(parts)
