@@ -90,7 +90,7 @@ def test_the_textbook_by_hand() -> None:
     assert step.changed[0] == {
         "name": "a/kernel",
         "parameters": 72,
-        "sparsity": 0.5,
+        "removed": 0.5,
         "shape": [3, 3, 2, 4],
         "left": [3, 3, 2, 2],
     }
