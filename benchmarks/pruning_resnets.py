@@ -38,7 +38,7 @@ class Recipe:
     """blocks: removed whole; cuts: (fraction removed, blocks); then `epochs` of SGD at `rate`, taught by the original.
 
     features: the weight of the outputs of its stages. reconstruct: solve what stays of the layers before that. teachers: models
-    whose soft targets count as much as the original's.
+    whose soft targets count as much as the original's. weight: of the soft targets; the rest is the labels'.
     """
 
     original: str
@@ -49,6 +49,7 @@ class Recipe:
     features: float = 1.0
     reconstruct: bool = False
     teachers: tuple[str, ...] = ()
+    weight: float = 0.9
 
 
 RECIPES = {
@@ -64,6 +65,7 @@ RECIPES = {
         rate=0.04,
         features=4.0,
         reconstruct=True,
+        weight=0.7,
     ),
     "resnet56": Recipe(
         "resnet56",
@@ -76,7 +78,7 @@ RECIPES = {
         rate=0.02,
     ),
 }
-RECIPES["resnet20-two-teachers"] = replace(RECIPES["resnet20"], teachers=("resnet56",))
+RECIPES["resnet20-two-teachers"] = replace(RECIPES["resnet20"], teachers=("resnet56",), weight=0.9)
 BARS = {"resnet20": (1.7, 87.3, 1.4), "resnet56": (2.1, 89.4, 1.6)}  # times fewer MACs, top-1, times faster
 
 
@@ -100,8 +102,8 @@ def pruned(original: Any, recipe: Recipe, data: list[Any]) -> Any:
     return made
 
 
-def train(made: Any, batches: Crops, recipe: Recipe, weight: float, place: Path) -> None:
-    """SGD as in ResNet's paper, on `weight` · soft targets, the rest cross-entropy, and the outputs of the three stages.
+def train(made: Any, batches: Crops, recipe: Recipe, place: Path) -> None:
+    """SGD as in ResNet's paper, on `recipe.weight` · soft targets, the rest cross-entropy, and the outputs of the three stages.
 
     These keep their shapes, so that the pruned ones can follow the original's (FitNets; Romero et al. 2015, arXiv:1412.6550).
     """
@@ -123,7 +125,8 @@ def train(made: Any, batches: Crops, recipe: Recipe, weight: float, place: Path)
                     wanted = [teacher(images) for teacher in teachers]
                 outputs = student(images)
             soft = sum(whet.torch.soft_targets(outputs, one, 4.0) for one in wanted) / len(wanted)
-            loss = (1 - weight) * torch.nn.functional.cross_entropy(outputs.float(), torch.from_numpy(y)) + weight * soft
+            loss = (1 - recipe.weight) * torch.nn.functional.cross_entropy(outputs.float(), torch.from_numpy(y))
+            loss = loss + recipe.weight * soft
             for one, other in zip(heard.values(), taught.values(), strict=True):
                 loss = loss + recipe.features * torch.mean((one.float() - other.float()) ** 2) / torch.mean(other.float() ** 2)
             optimizer.zero_grad()
@@ -163,7 +166,7 @@ def run(name: str, recipe: Recipe, table: tables.Table, args: argparse.Namespace
             clock = tables.Clock()
             made = pruned(original, recipe, [(x[i : i + 128], y[i : i + 128]) for i in range(0, 512, 128)])
             print(f"chosen and removed in {clock.seconds()[1]:.1f} s of processor time", flush=True)
-            train(made, Crops(x, y, args.batch), recipe, args.teacher, saved)
+            train(made, Crops(x, y, args.batch), recipe, saved)
         measure(name, recipe, original, made, table, place, args)
 
 
@@ -208,7 +211,7 @@ def main() -> None:
     options.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(RECIPES)}; all without one")
     options.add_argument("--epochs", type=int)
     options.add_argument("--rate", type=float)
-    options.add_argument("--teacher", type=float, default=0.9, help="weight of the teacher's soft targets")
+    options.add_argument("--teacher", type=float, help="weight of the teachers' soft targets")
     options.add_argument("--batch", type=int, default=128)
     options.add_argument("--examples", type=int, default=50_000)
     options.add_argument("--tested", type=int, default=10_000)
@@ -230,7 +233,8 @@ def main() -> None:
     for name in models:
         recipe = RECIPES[name]
         epochs = recipe.epochs if args.epochs is None else args.epochs
-        run(name, replace(recipe, epochs=epochs, rate=args.rate or recipe.rate), table, args)
+        weight = recipe.weight if args.teacher is None else args.teacher
+        run(name, replace(recipe, epochs=epochs, rate=args.rate or recipe.rate, weight=weight), table, args)
 
 
 if __name__ == "__main__":
