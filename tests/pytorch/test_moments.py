@@ -1,5 +1,8 @@
 """The PyTorch runner against sums written out: what the quantized model's layers read, and what the float model has there."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,7 @@ from whet.graph.refine import Request
 from whet.graph.solve import solve
 from whet.numerics.regression import regression
 from whet.specs import TARGETS, Int, Quantize
+from whet.torch import moments
 from whet.torch.interception import interceptor_of
 from whet.torch.moments import TorchRunner
 from whet.torch.quantize import simulate
@@ -136,3 +140,22 @@ def test_shared_weights_take_the_rows_of_all_their_calls():
     twice = next(name for name, count in rows.items() if count == 2)
     once = next(name for name, count in rows.items() if count == 1)
     assert found[twice][0].count == 2 * found[once][0].count
+
+
+def test_the_simulated_copy_is_freed_at_once(monkeypatch):
+    _, _, plan, runner = case()
+    made = []
+
+    def noted(model, plan, rounded=moments.rounded_copy):
+        work = rounded(model, plan)
+        made.append(weakref.ref(work))
+        return work
+
+    monkeypatch.setattr(moments, "rounded_copy", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        runner.regressions(plan, [Request("b.weight")])
+        assert len(made) == 1 and made[0]() is None
+    finally:
+        gc.enable()

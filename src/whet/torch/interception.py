@@ -161,6 +161,10 @@ class Interceptor:
             module.register_forward_pre_hook(_Enter(self, path), with_kwargs=True)
             module.register_forward_hook(_Leave(self, path), always_call=True)
 
+    def release(self) -> None:
+        """Let go of the model, whose hooks hold this: it is freed with its last user then, not when cycles are looked for."""
+        self.model = None
+
     def enter(self, session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The model's inputs, on their way in."""
         return args, kwargs

@@ -163,6 +163,8 @@ class TorchRunner:
                 own = exact
             for request in requests:
                 _add(sums, request, exact, own)
+        if watching is not None:
+            watching.release()
         return {name: found.regressions() for name, found in sums.items()}
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
