@@ -9,17 +9,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import whet
 import zoo_torch
 from whet.data import Batches
 from whet.errors import DataError
 from whet.graph.refine import Request
 from whet.graph.solve import solve
 from whet.numerics.regression import regression
-from whet.specs import TARGETS, Int, Quantize
-from whet.torch import moments
+from whet.specs import TARGETS, AdaRound, Int, Quantize
+from whet.torch import block_rounding, moments
 from whet.torch.interception import interceptor_of
 from whet.torch.moments import TorchRunner
-from whet.torch.quantize import simulate
+from whet.torch.quantize import rounded_copy, simulate
 from whet.torch.trace import trace
 
 
@@ -142,20 +143,33 @@ def test_shared_weights_take_the_rows_of_all_their_calls():
     assert found[twice][0].count == 2 * found[once][0].count
 
 
-def test_the_simulated_copy_is_freed_at_once(monkeypatch):
-    _, _, plan, runner = case()
+@pytest.fixture
+def copies(monkeypatch):
+    """Weak references to the simulated copies that are made, with Python's search for cycles off."""
     made = []
 
-    def noted(model, plan, rounded=moments.rounded_copy):
-        work = rounded(model, plan)
+    def noted(model, plan):
+        work = rounded_copy(model, plan)
         made.append(weakref.ref(work))
         return work
 
-    monkeypatch.setattr(moments, "rounded_copy", noted)
+    for module in (moments, block_rounding):
+        monkeypatch.setattr(module, "rounded_copy", noted)
     gc.collect()
     gc.disable()
-    try:
-        runner.regressions(plan, [Request("b.weight")])
-        assert len(made) == 1 and made[0]() is None
-    finally:
-        gc.enable()
+    yield made
+    gc.enable()
+
+
+def test_the_simulated_copy_is_freed_at_once(copies):
+    _, _, plan, runner = case()
+    runner.regressions(plan, [Request("b.weight")])
+    assert len(copies) == 1 and copies[0]() is None
+
+
+def test_copies_that_learn_blocks_are_freed_at_once(copies):
+    torch.optim.Adam([nn.Parameter(torch.zeros(1))])  # the first one of a process imports more of torch, and holds its callers
+    model, inputs = zoo_torch.CASES["residual"]()
+    spec = Quantize(Int(3), rounding=AdaRound(steps=8, blocks=True))
+    whet.quantize(model, spec, calibration=[inputs], progress=False)
+    assert len(copies) > 2 and {copy() for copy in copies} == {None}

@@ -60,17 +60,21 @@ def round_blocks(
     """See `learn_blocks`: every block by the data that calibration gives it."""
 
     def learn(plan: Plan, block: Block, names: list[str]) -> tuple[Plan, float, float] | None:
-        data = _cached(plan, block, calibration, runner)
-        return None if data is None else _learn(plan, block, names, weights, data, runner, spec)
+        model = rounded_copy(runner.model, plan)
+        with QuantizedWatching(model, plan) as own:
+            data = _cached(block, calibration, runner, model, own)
+        if data is None:
+            return None
+        model = rounded_copy(runner.model, plan)
+        with _BlockRun(model, plan, block) as running:
+            return _learn(plan, names, weights, data, model, running, spec)
 
     return learn_blocks(plan, graph, learn, progress=progress)
 
 
-def _cached(plan: Plan, block: Block, calibration: Batches, runner: TorchRunner) -> _Cached | None:
+def _cached(block: Block, calibration: Batches, runner: TorchRunner, model: Any, own: QuantizedWatching) -> _Cached | None:
     """The block's data from as many batches as fit; None where its values are no tensors with one row for each example."""
     quantized, wanted = [], []
-    model = rounded_copy(runner.model, plan)
-    own = QuantizedWatching(model, plan)
     asked = Wanted(Counter(), {block.end})
     size, batch = 0, None
     for inputs, _ in calibration:
@@ -92,16 +96,14 @@ def _cached(plan: Plan, block: Block, calibration: Batches, runner: TorchRunner)
 
 def _learn(
     plan: Plan,
-    block: Block,
     learned: list[str],
     weights: Mapping[str, WeightView],
     data: _Cached,
-    runner: TorchRunner,
+    model: Any,
+    running: _BlockRun,
     spec: AdaRound,
 ) -> tuple[Plan, float, float]:
-    model = rounded_copy(runner.model, plan)
     device = device_of(model)
-    running = _BlockRun(model, plan, block)
     soft = {name: _Learned(plan, name, np.asarray(weights[name].array, np.float32), device) for name in learned}
     size = min(BATCH, data.first)
     inputs = to_tensors(_rows(data.inputs, size), device, dtype_of(model))

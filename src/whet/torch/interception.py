@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -161,8 +161,12 @@ class Interceptor:
             module.register_forward_pre_hook(_Enter(self, path), with_kwargs=True)
             module.register_forward_hook(_Leave(self, path), always_call=True)
 
-    def release(self) -> None:
-        """Let go of the model, whose hooks hold this: it is freed with its last user then, not when cycles are looked for."""
+    def __enter__(self) -> Self:
+        """For a model that nobody needs after the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of the model: it is freed with its last user then, not when Python looks for cycles."""
         self.model = None
 
     def enter(self, session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

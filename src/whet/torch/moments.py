@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,22 +150,20 @@ class TorchRunner:
         """See `Runner`."""
         if self.calibration is None:
             raise DataError("The moments of a model's values need calibration data, got None. Pass calibration=.")
-        quantized = None if plan is None else rounded_copy(self.model, plan)
-        watching = None if plan is None or quantized is None else QuantizedWatching(quantized, plan)
         sums: dict[str, _Sums] = {}
         calls = Counter({request.weight: self.calls[request.weight] for request in requests})
         values = {request.beside for request in requests if request.beside is not None}
         rows = -(-ROWS // max(len(self.calibration), 1))
-        for index, (inputs, _) in enumerate(self.calibration):
-            exact = self.forward(self.reference, self.watching, inputs, Wanted(calls, values, rows, index, plan is None, True))
-            if watching is not None:
-                own = self.forward(quantized, watching, inputs, Wanted(calls, values, rows, index, True, False))
-            else:
-                own = exact
-            for request in requests:
-                _add(sums, request, exact, own)
-        if watching is not None:
-            watching.release()
+        with ExitStack() as stack:
+            quantized = None if plan is None else rounded_copy(self.model, plan)
+            watching = None if plan is None else stack.enter_context(QuantizedWatching(quantized, plan))
+            for index, (inputs, _) in enumerate(self.calibration):
+                wanted = Wanted(calls, values, rows, index, plan is None, True)
+                own = exact = self.forward(self.reference, self.watching, inputs, wanted)
+                if watching is not None:
+                    own = self.forward(quantized, watching, inputs, Wanted(calls, values, rows, index, True, False))
+                for request in requests:
+                    _add(sums, request, exact, own)
         return {name: found.regressions() for name, found in sums.items()}
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
