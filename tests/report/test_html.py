@@ -170,7 +170,7 @@ def test_a_missed_budget_a_missing_latency_and_no_training_are_drawn() -> None:
     text = found.all_text()
     assert "Budget MISSED" in text and "not measured" in text and "No interval for the drop: one number" in text
     charts = [attrs["aria-label"] for tag, attrs in found.tags if tag == "svg" and attrs["class"] == "chart"]
-    assert charts == ["accuracy against the file's size"]
+    assert charts == ["accuracy against the file's size, kB"]
 
 
 def test_a_report_with_the_least_content_is_drawn() -> None:

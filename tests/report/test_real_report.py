@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 
 import numpy as np
@@ -100,3 +101,12 @@ def test_a_job_shows_itself_in_a_notebook(made) -> None:
     compressed, _, _ = made
     shown = compressed._repr_html_()
     assert "Compressed Sequential: quantized for onnxruntime" in shown and "Budget MISSED" in shown and "<script" not in shown
+
+
+def test_the_numbers_below_a_plot_do_not_run_into_one_another(made) -> None:
+    from whet.report.tradeoff import scatters
+
+    for plot in scatters(made[0].report.data):
+        *inner, last = [(tick.at, 6.0 * len(tick.label)) for tick in plot.x_ticks]  # 11 px wide digits are 6 px apart
+        ends = [(at - width / 2, at + width / 2) for at, width in inner] + [(last[0] - last[1], last[0])]
+        assert all(one[1] < two[0] for one, two in itertools.pairwise(ends)), plot.x_ticks

@@ -129,12 +129,12 @@ def _scatter(title: str, files: Sequence[_File], position: Any, said: Any, split
         lines = [file.label, words.score_with_interval(file.metric), said(position(file)), file.recipe]
         tip = "\n".join(line for line in lines if line)
         points.append(Point(at, y(value), y(low), y(high), file.kind, file.label, place, tip))
-    step = said(x_ticks[-1]).split()[-1]
+    unit = said(x_ticks[-1]).split()[-1]  # in the title: beside every number they would run into one another
     points.sort(key=lambda point: point.kind == "chosen")  # drawn last, it is never covered
     return Scatter(
-        title,
+        f"{title}, {unit}",
         tuple(points),
-        tuple(Tick(x(value), _plain_tick(value, step)) for value in x_ticks),
+        tuple(Tick(x(value), _plain_tick(value, unit)) for value in x_ticks),
         tuple(Tick(y(value), tick_label(value, ticks, in_percent)) for value in ticks),
         f"On the {split.removeprefix('the ')}; bars are 95 % confidence intervals.",
     )
@@ -168,6 +168,6 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
 
 
 def _plain_tick(value: float, unit: str) -> str:
-    """`20 kB`, in the unit of the largest tick."""
+    """`20` of the unit."""
     scale = {"kB": 1e3, "MB": 1e6, "GB": 1e9}.get(unit, 1.0)
-    return f"{value / scale:,.6g} {unit}" if value else "0"
+    return f"{value / scale:,.6g}"
